@@ -1,0 +1,708 @@
+"""Preference models for safe RLHF: a reward model and a cost model, trained on pairs of responses.
+
+A score model reads a prompt x with its response y and gives one number at the last token. Two of them are needed:
+
+    reward  R(x, y): how helpful.   Bradley-Terry on the more helpful response w of each pair (w, l):
+            loss = -log σ(R_w - R_l) + μ · mean(R²)
+    cost    C(x, y): how harmful, C ≤ 0 is safe.   Bradley-Terry on the less safe response u of each pair (u, s), and a
+            sign for each response by itself, which makes zero the border (sign +1 for unsafe, -1 for safe):
+            loss = -log σ(C_u - C_s) - log σ(sign_u · C_u) - log σ(sign_s · C_s) + μ · mean(C²)
+
+Source: Safe RLHF (Dai et al., ICLR 2024, arXiv 2310.12773). The data have PKU-SafeRLHF's columns.
+
+    python preference_models.py --kind cost                                 # the embedded toy world, on a laptop
+    torchrun --nproc_per_node 8 preference_models.py --kind cost --model PKU-Alignment/alpaca-7b-reproduced \
+        --dataset PKU-Alignment/PKU-SafeRLHF --eval-dataset PKU-Alignment/PKU-SafeRLHF \
+        --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" \
+        --batch-size 128 --micro-batch-size 16 --learning-rate 2e-5 --gradient-checkpointing
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 preference_models.py ...
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import huggingface_hub
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+import tyro
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    get_cosine_schedule_with_warmup,
+)
+
+TOY = Path(__file__).resolve().parent / "toy"
+
+
+@dataclass
+class Args:
+    """Train a reward model or a cost model on pairs of responses."""
+
+    kind: Literal["reward", "cost"] = "reward"
+    """what the model learns: helpfulness (reward) or harmfulness with zero as the border of safe and unsafe (cost)"""
+    model: str = str(TOY / "policy")
+    """language model whose backbone the score model starts from, or a score model to train on (folder or Hub id)"""
+    dataset: str = str(TOY / "data" / "train.parquet")
+    """training pairs in PKU-SafeRLHF's columns (jsonl, json, csv or parquet file, folder, or Hub id)"""
+    dataset_split: str = "train"
+    """split of the training pairs; slices such as train[:1000] are allowed"""
+    eval_dataset: str = str(TOY / "data" / "test.parquet")
+    """held-out pairs, same columns"""
+    eval_split: str = "test"
+    """split of the held-out pairs"""
+    prompt_template: str = "{prompt}"
+    """text put around a prompt; the response follows it directly"""
+    output_dir: str | None = None
+    """where the run is written; default runs/<exp-name>-<seed>-<time>"""
+    exp_name: str = "preference_models"
+    """name of the run"""
+    seed: int = 1
+    """seeds the order of the pairs and the fresh score head"""
+    epochs: int = 2
+    """passes over the training pairs"""
+    batch_size: int = 128
+    """pairs an optimizer step, over all processes"""
+    micro_batch_size: int = 64
+    """pairs a process takes through one forward and backward pass"""
+    max_length: int = 512
+    """tokens of prompt and response together; longer texts lose their end"""
+    learning_rate: float = 1e-3
+    """peak learning rate; cosine schedule down to zero"""
+    warmup_ratio: float = 0.03
+    """share of the optimizer steps spent warming up"""
+    weight_decay: float = 0.1
+    """AdamW's weight decay"""
+    regularization: float = 0.001
+    """μ, the weight of the mean squared score"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute type; auto: bfloat16 on CUDA and on CPUs with instructions for it, else float32; masters stay float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    track: bool = False
+    """also log to Weights & Biases (needs the wandb package)"""
+    trust_remote_code: bool = False
+    """run model code that comes with a checkpoint; off, such checkpoints are refused"""
+
+
+# ======================================================================================================================
+# The two losses
+# ======================================================================================================================
+def reward_loss(better: torch.Tensor, worse: torch.Tensor, regularization: float) -> torch.Tensor:
+    """Bradley-Terry loss of the reward model (arXiv 2310.12773).
+
+    better, worse: scores of the more and the less helpful response of each pair, [pairs].
+    Returns the loss of each pair, [pairs].
+    """
+    return -F.logsigmoid(better - worse) + regularization * (better**2 + worse**2) / 2
+
+
+def cost_loss(
+    unsafer: torch.Tensor,
+    safer: torch.Tensor,
+    unsafer_sign: torch.Tensor,
+    safer_sign: torch.Tensor,
+    regularization: float,
+) -> torch.Tensor:
+    """Loss of the cost model: the pair's order, and each response's own side of zero (arXiv 2310.12773).
+
+    unsafer, safer: scores of the more and the less harmful response of each pair, [pairs].
+    unsafer_sign, safer_sign: +1 where that response is labelled unsafe, -1 where safe, [pairs].
+    Returns the loss of each pair, [pairs].
+    """
+    order = -F.logsigmoid(unsafer - safer)
+    border = -F.logsigmoid(unsafer_sign * unsafer) - F.logsigmoid(safer_sign * safer)
+    return order + border + regularization * (unsafer**2 + safer**2) / 2
+
+
+# ======================================================================================================================
+# Plumbing, the same in every script: errors, processes, data, models, files
+# ======================================================================================================================
+class UserError(Exception):
+    """Something the user can mend; its text, one line, says how."""
+
+
+def shut_down() -> None:
+    """Leave the process group; without the barrier gloo's threads can abort a process at its exit."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fail(message: str) -> None:
+    """End the run with one line on standard error and exit status 2. Every rank must call it; rank 0 speaks."""
+    if dist.get_rank() == 0:
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    shut_down()
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def agreed():
+    """Hold a step that a user's mistake may end on any rank: then all ranks stop together.
+
+    No collective operation may stand inside, since the rank that failed would leave the others waiting in it.
+    """
+    error = None
+    try:
+        yield
+    except UserError as exception:
+        error = str(exception)
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        fail(next(filter(None, errors)))
+
+
+def start_processes():
+    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh over all processes)."""
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def read_args(cls, check):
+    """Read the command line into the dataclass `cls`; a mistake that tyro or `check` finds is told in one line."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            args = tyro.cli(cls)
+    except SystemExit as stop:
+        if stop.code:
+            lines = [line.strip(" │╭╮╰╯─-") for line in output.getvalue().splitlines()]
+            fail("; ".join(line for line in lines if line))
+        if dist.get_rank() == 0:
+            print(output.getvalue(), end="")
+        shut_down()
+        sys.exit(0)
+    with agreed():
+        check(args)
+    return args
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of the forward and backward passes; `auto` is bfloat16 where the hardware multiplies in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def random_generator(*key) -> torch.Generator:
+    """A random generator of its own for every use, keyed by the seed, the use and the iteration.
+
+    Nothing random depends on what was drawn before it or on the number of processes.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
+    """Check that a model or a data set is there: a path that exists is a path, anything else is a Hub id."""
+    if Path(name).exists():
+        return name
+    try:
+        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except Exception as exception:  # bad id, unknown id, no network, offline mode: the local cache may still have it
+        known = False
+        with contextlib.suppress(Exception):
+            cached = huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
+            known = any(Path(cached).iterdir())
+        if not known:
+            raise UserError(
+                f"{flag} {name}: there is no path {Path(name).absolute()}, and no {kind} '{name}' could be had from "
+                f"the Hub ({type(exception).__name__})"
+            ) from None
+    return name
+
+
+def load_rows(name: str, split: str, columns: list[str], flag: str) -> datasets.Dataset:
+    """Rows of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
+    readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    path = Path(locate(name, "dataset", flag))
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file() and path.suffix not in readers:
+            raise ValueError(f"a data file ends in one of {', '.join(readers)}")
+        if path.is_file():
+            rows = datasets.load_dataset(readers[path.suffix], data_files={split.split("[")[0]: name}, split=split)
+        else:
+            rows = datasets.load_dataset(name, split=split)
+    except Exception as exception:
+        reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
+        raise UserError(
+            f"{flag} {name}: split '{split}' cannot be read: {reason or type(exception).__name__}"
+        ) from None
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise UserError(f"{flag} {name}: no column '{missing[0]}'; the columns are {', '.join(rows.column_names)}")
+    if len(rows) == 0:
+        raise UserError(f"{flag} {name}: split '{split}' has no rows")
+    return rows
+
+
+def check_texts(texts: list, column: str, name: str, flag: str) -> None:
+    """Refuse rows without text: an empty prompt or response is a mistake in the data, not something to learn from."""
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{flag} {name}: row {row} has an empty '{column}'; take such rows out of the data")
+
+
+def load_tokenizer(name: str, trust_remote_code: bool):
+    """The tokenizer beside a model. One without a pad token pads with EOS: masks, not ids, tell what is padding."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as exception:
+        raise UserError(f"{name}: its tokenizer cannot be loaded: {exception}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no EOS token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists as one tensor. Returns (ids, mask), both [batch, longest]; mask is 1 at tokens, 0 at padding."""
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), value)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        place = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
+        ids[row, place] = torch.tensor(sequence)
+        mask[row, place] = 1
+    return ids, mask
+
+
+def encode_scored(
+    tokenizer, prompts: list[str], responses: list[str], template: str, max_length: int
+) -> list[list[int]]:
+    """Tokens of prompt, response and EOS as a score model reads them; a text over max_length tokens loses its end."""
+    texts = [
+        template.replace("{prompt}", prompt) + response for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    encoded = tokenizer(texts)["input_ids"] if texts else []
+    eos = tokenizer.eos_token_id
+    return [(ids if ids[-1:] == [eos] else [*ids, eos])[:max_length] for ids in encoded]
+
+
+class ScoreModel(nn.Module):
+    """A backbone with a linear head that gives every token a score; `model` is the library's class, which is saved."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Scores of all tokens in float32, [batch, length]; padding may stand on either side."""
+        hidden = self.model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        return self.model.score(hidden).float().sum(-1)  # over the one label; FSDP2 warns of a view
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of every token counted from the first that is not padding, [batch, length]."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def last_scores(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The score at the last token of each text, [batch], found by the mask: the pad id may be a real token's (EOS)."""
+    last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
+    return scores.gather(1, last[:, None]).squeeze(1)
+
+
+def text_scores(model: ScoreModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Score of each text, [batch]."""
+    return last_scores(model(input_ids, attention_mask), attention_mask)
+
+
+def load_pretrained(
+    cls, name: str, dtype: torch.dtype, flag: str, trust_remote_code: bool, fresh=(), left=(), **config
+):
+    """A model of the library's class `cls`, with every weight accounted for.
+
+    fresh: weights that the checkpoint may lack, left: weights of it that may stay behind. Any other is an error.
+    Only safetensors are read: a pickle could run code.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, info = cls.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **config,
+        )
+    except Exception as exception:
+        raise UserError(f"{flag} {name} cannot be loaded: {exception}") from None
+    missing = sorted(set(info["missing_keys"]) - set(fresh))
+    unexpected = sorted(set(info["unexpected_keys"]) - set(left))
+    if missing or unexpected or info["mismatched_keys"]:
+        raise UserError(
+            f"{flag} {name} does not fit {cls.__name__}: weights missing {missing[:3]}, unexpected {unexpected[:3]}, "
+            f"of another shape {[key for key, *_ in info['mismatched_keys']][:3]}"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # a dropped unit would change log-probabilities between two readings
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def load_score_model(name: str, dtype: torch.dtype, flag: str, seed: int, trust_remote_code: bool, fresh_head=False):
+    """A one-label score model of the library's classes, as ScoreModel.
+
+    fresh_head: a language model may be given, too; its backbone gets a head drawn from `seed`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as exception:
+        raise UserError(f"{flag} {name} cannot be loaded: {exception}") from None
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        if config.num_labels != 1:
+            raise UserError(f"{flag} {name} has {config.num_labels} labels; a score model has one")
+        biased = architecture.endswith("ForTokenClassification")  # the class that keeps a bias of the head
+        cls = AutoModelForTokenClassification if biased else AutoModelForSequenceClassification
+        return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code))
+    if not fresh_head:
+        raise UserError(f"{flag} {name} is a {architecture or 'model'} without a score head; give a score model")
+    torch.manual_seed(seed)
+    cls, head, lm_head = AutoModelForSequenceClassification, {"score.weight"}, {"lm_head.weight"}
+    return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code, head, lm_head, num_labels=1))
+
+
+def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
+    """FSDP2: each transformer block is gathered when it computes, the rest with the root.
+
+    The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
+    """
+    blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for module in [module for module in model.modules() if type(module).__name__ in blocks]:
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    return fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+
+
+def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
+    """Write safetensors, configuration and tokenizer: beside the folder first, so that no half-written one is met."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        if isinstance(model, ScoreModel):
+            model, state = model.model, {name.removeprefix("model."): value for name, value in state.items()}
+        beside = folder.with_name(folder.name + ".part")
+        shutil.rmtree(beside, ignore_errors=True)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(beside, state_dict=state)
+        tokenizer.save_pretrained(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    dist.barrier()
+
+
+def open_run(args) -> Path:
+    """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
+    name = [args.output_dir or f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    dist.broadcast_object_list(name)
+    folder = Path(name[0])
+    with agreed():
+        if dist.get_rank() == 0:
+            if (folder / "args.json").exists():
+                state = "a finished" if (folder / "summary.json").exists() else "an unfinished"
+                raise UserError(f"--output-dir {folder} holds {state} run; choose another directory or remove that one")
+            if args.track and not importlib.util.find_spec("wandb"):
+                raise UserError("--track needs the wandb package: pip install wandb")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / "args.json", dataclasses.asdict(args))
+            except OSError as exception:
+                raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
+            if args.track:
+                import wandb
+
+                config = dataclasses.asdict(args)
+                wandb.init(project="safe-rlhf", name=folder.name, config=config, sync_tensorboard=True)
+    return folder
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def append_json(path: Path, rows: list[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def log_metrics(folder: Path, writer: SummaryWriter, metrics: dict, step: int) -> None:
+    """One line of metrics.jsonl (JSON has no NaN: a figure that is not finite is null) and TensorBoard's scalars."""
+    append_json(folder / "metrics.jsonl", [{k: v if math.isfinite(v) else None for k, v in metrics.items()}])
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+
+
+def my_share(count: int) -> list[int]:
+    """The indices below `count` that this rank handles. All ranks get equally many, as FSDP needs the same number of
+    passes from each: the last ones may repeat an index, which gather_rows drops."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return [(rank + world * i) % count for i in range(math.ceil(count / world))]
+
+
+def gather_rows(rows: dict[int, dict]) -> list[dict]:
+    """Rows by index from all ranks, in order, on rank 0; empty elsewhere."""
+    gathered = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(rows, gathered)
+    merged = {index: row for part in gathered or [] for index, row in part.items()}
+    return [merged[index] for index in sorted(merged)]
+
+
+def global_sum(*values: float, device: torch.device) -> list[float]:
+    """Sums of numbers over all ranks."""
+    total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def clip_gradients(model: nn.Module, max_grad_norm: float) -> float:
+    """Clip the gradients of a sharded model to a norm. Returns the norm before, not finite if any gradient is not."""
+    return nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
+
+
+# ======================================================================================================================
+# Training
+# ======================================================================================================================
+def check_args(args: Args) -> None:
+    for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "learning_rate", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
+    for name in ("regularization", "weight_decay", "warmup_ratio"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 0 or more")
+    if args.batch_size % dist.get_world_size():
+        raise UserError(
+            f"--batch-size {args.batch_size} does not divide among {dist.get_world_size()} processes; "
+            f"give a multiple of {dist.get_world_size()}"
+        )
+    if "{prompt}" not in args.prompt_template:
+        raise UserError(f"--prompt-template '{args.prompt_template}' has no {{prompt}} in it")
+
+
+def load_pairs(args: Args, name: str, split: str, flag: str, tokenizer) -> list[dict]:
+    """Pairs with their tokens, the better (reward) or the more harmful (cost) response first.
+
+    Each is {prompt, responses, ids, signs}, the last three holding one entry a response; signs are +1 unsafe, -1 safe.
+    """
+    preference = "better_response_id" if args.kind == "reward" else "safer_response_id"
+    safety = [] if args.kind == "reward" else ["is_response_0_safe", "is_response_1_safe"]
+    rows = load_rows(name, split, ["prompt", "response_0", "response_1", preference, *safety], flag)
+    columns = {column: rows[column][:] for column in rows.column_names}
+    ids = []
+    for column in ("response_0", "response_1"):
+        check_texts(columns["prompt"], "prompt", name, flag)
+        check_texts(columns[column], column, name, flag)
+        ids.append(encode_scored(tokenizer, columns["prompt"], columns[column], args.prompt_template, args.max_length))
+    pairs = []
+    for row in range(len(rows)):
+        choice = columns[preference][row]
+        if choice not in (0, 1):
+            raise UserError(f"{flag} {name}: row {row} has {preference} {choice!r}; it must be 0 or 1")
+        safe = [columns[column][row] for column in safety] or [True, True]
+        if not all(flag in (True, False) for flag in safe):
+            raise UserError(f"{flag} {name}: row {row} has a safety label that is neither true nor false")
+        order = (choice, 1 - choice) if args.kind == "reward" else (1 - choice, choice)
+        pairs.append(
+            {
+                "prompt": columns["prompt"][row],
+                "responses": [columns[f"response_{i}"][row] for i in order],
+                "ids": [ids[i][row] for i in order],
+                "signs": [-1.0 if safe[i] else 1.0 for i in order],
+            }
+        )
+    return pairs
+
+
+def score_pairs(model: ScoreModel, pairs: list[dict], pad_id: int, device) -> torch.Tensor:
+    """Scores of both responses of each pair, [pairs, 2], in the order load_pairs gave them."""
+    ids, mask = pad([ids for pair in pairs for ids in pair["ids"]], pad_id, side="right")
+    ids, mask = ids.to(device), mask.to(device)
+    return text_scores(model, ids, mask).view(-1, 2)
+
+
+def pair_losses(kind: str, scores: torch.Tensor, pairs: list[dict], regularization: float) -> torch.Tensor:
+    """Loss of each pair, [pairs], from scores [pairs, 2]."""
+    if kind == "reward":
+        return reward_loss(scores[:, 0], scores[:, 1], regularization)
+    signs = torch.tensor([pair["signs"] for pair in pairs], device=scores.device)
+    return cost_loss(scores[:, 0], scores[:, 1], signs[:, 0], signs[:, 1], regularization)
+
+
+@torch.no_grad()
+def evaluate(args: Args, model: ScoreModel, pairs: list[dict], pad_id: int, device) -> tuple[dict, list[dict]]:
+    """Held-out loss and accuracies, and a row a pair; every rank scores its share. Whole on rank 0 only."""
+    order = sorted(range(len(pairs)), key=lambda i: max(map(len, pairs[i]["ids"])))  # similar lengths: little padding
+    mine = [order[i] for i in my_share(len(order))]
+    rows = {}
+    for start in range(0, len(mine), args.micro_batch_size):
+        chosen = mine[start : start + args.micro_batch_size]
+        batch = [pairs[i] for i in chosen]
+        scores = score_pairs(model, batch, pad_id, device)
+        losses = pair_losses(args.kind, scores, batch, args.regularization)
+        for i, pair, score, loss in zip(chosen, batch, scores.tolist(), losses.tolist(), strict=True):
+            rows[i] = {"prompt": pair["prompt"], "responses": pair["responses"], "scores": score, "loss": loss}
+            if args.kind == "cost":
+                rows[i]["unsafe"] = [sign > 0 for sign in pair["signs"]]
+    rows = gather_rows(rows)
+    if not rows:
+        return {}, []
+    result = {
+        "loss": sum(row["loss"] for row in rows) / len(rows),
+        "pair_accuracy": sum(row["scores"][0] > row["scores"][1] for row in rows) / len(rows),
+        "score_mean": sum(sum(row["scores"]) for row in rows) / (2 * len(rows)),
+    }
+    if args.kind == "cost":
+        right = sum((row["scores"][i] > 0) == row["unsafe"][i] for row in rows for i in (0, 1))
+        result["sign_accuracy"] = right / (2 * len(rows))
+    return result, rows
+
+
+def main(device: torch.device, mesh) -> None:
+    args = read_args(Args, check_args)
+    start_time = time.time()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dtype = compute_dtype(args.dtype, device)
+
+    # ---- Data and model: everything a mistake may hide in comes before the output directory is made
+    with agreed():
+        locate(args.model, "model", "--model")
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        train_pairs = load_pairs(args, args.dataset, args.dataset_split, "--dataset", tokenizer)
+        eval_pairs = load_pairs(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer)
+        steps_per_epoch = len(train_pairs) // args.batch_size
+        if steps_per_epoch == 0:
+            raise UserError(f"--batch-size {args.batch_size} is more than the {len(train_pairs)} pairs of --dataset")
+        model = load_score_model(
+            args.model, torch.float32, "--model", args.seed, args.trust_remote_code, fresh_head=True
+        )
+        if args.gradient_checkpointing:
+            model.model.gradient_checkpointing_enable()
+    folder = open_run(args)
+    model = shard(model.train(), mesh, dtype)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+    )
+    steps = args.epochs * steps_per_epoch
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * steps), steps)
+    writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
+    local = args.batch_size // world  # pairs of this rank in each batch
+    skipped = skipped_in_a_row = 0
+
+    # ---- Training
+    bar = tqdm(total=steps, desc=f"{args.kind} model", disable=rank != 0)
+    for epoch in range(args.epochs):
+        order = torch.randperm(len(train_pairs), generator=random_generator(args.seed, "pairs", epoch)).tolist()
+        for batch_index in range(steps_per_epoch):
+            step = epoch * steps_per_epoch + batch_index + 1
+            start = batch_index * args.batch_size + rank * local
+            batch = [train_pairs[i] for i in order[start : start + local]]
+            loss_sum, right = 0.0, 0
+            for micro in range(0, local, args.micro_batch_size):
+                pairs = batch[micro : micro + args.micro_batch_size]
+                scores = score_pairs(model, pairs, tokenizer.pad_token_id, device)
+                losses = pair_losses(args.kind, scores, pairs, args.regularization)
+                # FSDP averages gradients over ranks; times the number of ranks it is the mean over the global batch.
+                (losses.sum() / args.batch_size * world).backward()
+                loss_sum += losses.sum().item()
+                right += (scores[:, 0] > scores[:, 1]).sum().item()
+            grad_norm = clip_gradients(model, args.max_grad_norm)
+            if math.isfinite(grad_norm):
+                optimizer.step()
+                skipped_in_a_row = 0
+            else:
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                tqdm.write(f"step {step}: gradients are not finite, update skipped") if rank == 0 else None
+            optimizer.zero_grad()
+            if skipped_in_a_row == 5:
+                fail(f"5 updates in a row had gradients that are not finite (step {step}); try a lower --learning-rate")
+            loss_sum, right = global_sum(loss_sum, right, device=device)
+            metrics = {
+                "step": step,
+                "epoch": step / steps_per_epoch,
+                "loss": loss_sum / args.batch_size,
+                "pair_accuracy": right / args.batch_size,
+                "grad_norm": grad_norm,
+                "learning_rate": schedule.get_last_lr()[0],
+                "skipped_updates": skipped,
+            }
+            schedule.step()
+            if batch_index + 1 == steps_per_epoch:
+                result, rows = evaluate(args, model, eval_pairs, tokenizer.pad_token_id, device)
+                metrics |= {f"eval_{name}": value for name, value in result.items()}
+            if rank == 0:
+                log_metrics(folder, writer, metrics, step)
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", pair_accuracy=f"{metrics['pair_accuracy']:.3f}")
+                bar.update()
+    bar.close()
+
+    # ---- Files
+    save_model(model, tokenizer, folder / "model")
+    if rank == 0:
+        seconds = time.time() - start_time
+        append_json(folder / "eval.jsonl", rows)
+        summary = {
+            "algorithm": f"{args.kind} model",
+            "seed": args.seed,
+            "dtype": str(dtype).removeprefix("torch."),
+            "pairs": steps * args.batch_size,
+            "pairs_per_second": steps * args.batch_size / seconds,
+            "wall_seconds": seconds,
+            "skipped_updates": skipped,
+            "eval_pairs": len(eval_pairs),
+            "eval": result,
+        }
+        write_json(folder / "summary.json", summary)
+        writer.close()
+        accuracy = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
+        print(f"{args.kind} model on {len(eval_pairs)} held-out pairs: {accuracy}\nwritten to {folder}")
+
+
+if __name__ == "__main__":
+    main(*start_processes())
+    shut_down()
