@@ -1,0 +1,271 @@
+"""What rectification does to the policy gradient, on two prompts with two answers each, by enumeration.
+
+Nothing is sampled: repo.py's functions see every answer, weighted by its probability, with exact critics unless said
+otherwise. Prints the numbers of docs/rectified_gradient.md and draws its figure:
+
+    python benchmark/rectified_gradient.py
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import tyro
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import repo  # noqa: E402
+
+torch.set_default_dtype(torch.float64)
+
+# Prompts: harmless, risky. Answers: the safer, the more helpful. [prompts, answers]
+REWARDS = torch.tensor([[1.0, 2.0], [2.0, 3.0]])
+COSTS = torch.tensor([[-5.0, -3.0], [-1.0, 2.0]])
+RISKY, SAFE, UNSAFE = 1, 0, 1
+METHODS = {"ppo_lagrange": "PPO-Lagrange", "cost": "RePO, cost", "advantage": "RePO, advantage"}
+# Okabe and Ito's colours, told apart by colour-blind readers
+COLORS = {"ppo_lagrange": "#0072B2", "cost": "#009E73", "advantage": "#D55E00"}
+SHADES = {1: "#E69F00", 5: "#D55E00", 20: "#CC79A7"}
+
+
+@dataclass
+class Args:
+    """Exact gradients of PPO-Lagrange and of RePO's two estimators."""
+
+    seed: int = 1
+    """seeds the wrong critics"""
+    steps: int = 300
+    """steps of gradient ascent"""
+    step_size: float = 1.0
+    """of the ascent on the logits"""
+    kl_coef: float = 0.01
+    """β of the ascent; the tables of a single step use β = 0"""
+    lambda_init: float = 1.0
+    """initial multiplier"""
+    lambda_lr: float = 0.1
+    """η_λ"""
+    lambda_max: float = 20.0
+    """upper bound of the multiplier"""
+    output: str = str(ROOT / "docs" / "figures" / "rectified_gradient.png")
+    """the figure"""
+
+
+def policy(safe: float) -> torch.Tensor:
+    """Logits [prompts, answers]: an even choice on the harmless prompt, P(safe answer) as given on the risky one."""
+    return torch.tensor([[0.5, 0.5], [safe, 1 - safe]]).log()
+
+
+def advantages(method, logits, ref_logits, multiplier, beta, values=None):
+    """repo.py's advantage of every answer; values: those of the critics [2, prompts], default exact.
+
+    Returns the advantages that the policy gradient uses, A_r, A_c (each [prompts, answers]) and E of what moves λ.
+    """
+    probs = logits.softmax(-1)
+    log_ratio = (logits.log_softmax(-1) - ref_logits.log_softmax(-1)).reshape(-1, 1)
+    mask = torch.ones(COSTS.numel(), 1, dtype=torch.long)
+    estimator = "advantage" if method == "advantage" else "cost"
+    terminal_costs, violated, violations = repo.rectify(COSTS.flatten(), 0.0, "response", estimator, 1)
+    if method == "ppo_lagrange":  # C - d for every answer, in the estimate and in the update of the multiplier
+        terminal_costs = violations = COSTS.flatten()
+    parts = []
+    for i, (terminal, weight) in enumerate([(REWARDS.flatten(), -beta), (terminal_costs, beta)]):
+        signal = repo.token_signal(terminal, log_ratio, mask, weight)
+        value = (probs * signal.view(probs.shape)).sum(1) if values is None else values[i]
+        parts.append(repo.gae(signal, value.repeat_interleave(2)[:, None], mask, 1.0)[0])
+    combined = repo.combine_advantages(*parts, multiplier, violated, estimator)
+    violation = (probs * violations.view(probs.shape)).sum(1).mean().item()
+    return *(part.view(probs.shape) for part in (combined, *parts)), violation
+
+
+def policy_gradient(logits, combined):
+    """Expected gradient at the logits, prompts equally often, [prompts, answers]."""
+    logits = logits.clone().requires_grad_()
+    logprobs = logits.log_softmax(-1)
+    loss = repo.policy_loss(logprobs, logprobs.detach(), combined, 0.2)
+    return torch.autograd.grad(-(logprobs.detach().exp() * loss).sum() / len(logits), logits)[0]
+
+
+def lagrangian_gradient(logits, multiplier):
+    """∇L at β = 0, by autograd of its closed form."""
+    logits = logits.clone().requires_grad_()
+    score = (REWARDS - multiplier * COSTS.clamp(min=0)) / (1 + multiplier)
+    return torch.autograd.grad((logits.softmax(-1) * score).sum() / len(logits), logits)[0]
+
+
+def ascend(args, method, start):
+    """Gradient ascent from P(safe answer | risky) = start. Returns that probability, costs [steps, prompts] and λ."""
+    logits, ref_logits, multiplier = policy(start), policy(start), args.lambda_init
+    safe, costs = [], []
+    for _ in range(args.steps + 1):
+        probs = logits.softmax(-1)
+        safe.append(probs[RISKY, SAFE].item())
+        costs.append((probs * COSTS).sum(1))
+        *_, violation = advantages(method, logits, ref_logits, multiplier, args.kl_coef)
+        multiplier = repo.update_multiplier(multiplier, args.lambda_lr, violation, args.lambda_max)
+        combined, *_ = advantages(method, logits, ref_logits, multiplier, args.kl_coef)
+        logits = logits + args.step_size * policy_gradient(logits, combined)
+    return safe, torch.stack(costs), multiplier, (probs * REWARDS).sum(1).mean().item()
+
+
+def push(method, safe, multiplier, values=None):
+    """How far the safe answer to the risky prompt is preferred, A(safe) - A(unsafe): its logit's gradient / π_s π_u."""
+    logits = policy(safe)
+    combined, *_ = advantages(method, logits, logits, multiplier, 0.0, values)
+    return (2 * policy_gradient(logits, combined)[RISKY, SAFE] / (safe * (1 - safe))).item()
+
+
+def print_step():
+    print("One step, risky prompt, λ = 5, β = 0, exact critics: advantages of the safe and of the unsafe answer")
+    print(f"{'P(safe)':>8}  {'method':<16}{'A_r':>16}{'A_c':>16}{'A':>16}{'push':>8}")
+    for safe in (0.5, 0.1, 0.01):
+        for method, name in METHODS.items():
+            logits = policy(safe)
+            combined, of_reward, of_cost, _ = advantages(method, logits, logits, 5.0, 0.0)
+            columns = "".join(
+                f"{f'{a:+.2f}, {b:+.2f}':>16}" for a, b in (x[RISKY] for x in (of_reward, of_cost, combined))
+            )
+            print(f"{safe:>8}  {name:<16}{columns}{push(method, safe, 5.0):>+8.2f}")
+
+
+def print_borders():
+    print("\nP(safe) above which the safe answer rises (bisection on the push)")
+    print(f"{'λ':>8}{'cost':>12}{'advantage':>12}{'(1+λ)/λ · Δ/(Δ+D)':>22}")
+    for multiplier in (0.4, 1.0, 5.0, 20.0, 1000.0):
+        row = []
+        for method in ("cost", "advantage"):
+            low, high = 0.0, 1.0
+            for _ in range(40):
+                middle = (low + high) / 2
+                low, high = (low, middle) if push(method, middle, multiplier) > 0 else (middle, high)
+            row.append("always" if high < 1e-6 else "never" if low > 1 - 1e-6 else f"{high:.3f}")
+        print(f"{multiplier:>8}{row[0]:>12}{row[1]:>12}{(1 + multiplier) / multiplier / 4:>22.3f}")
+
+
+def print_bias(seed):
+    print("\nLargest distance of a component from ∇L over 1000 random pairs of critics, P(safe) = 0.25, λ = 5, β = 0")
+    values = 3 * torch.randn(1000, 2, 2, generator=torch.Generator().manual_seed(seed))
+    logits = policy(0.25)
+    expected = lagrangian_gradient(logits, 5.0)
+    for method in METHODS:
+        distances = [
+            (policy_gradient(logits, advantages(method, logits, logits, 5.0, 0.0, v)[0]) - expected).abs().max().item()
+            for v in values
+        ]
+        print(f"  {METHODS[method]:<16}{max(distances):.2g}")
+
+
+def print_prompt_constraint():
+    safe = torch.tensor(0.6)
+    probs = torch.stack([safe, 1 - safe])
+    mean = (probs * COSTS[RISKY]).sum().item()
+    print(f"\nPer prompt, risky prompt, P(safe) = {safe:.1f}: {{E_y C}}^+ = {max(mean, 0):.2f}")
+    print(f"{'K':>4}{'E of what moves λ':>20}{'P(others violate)':>20}")
+    for k in (1, 2, 4, 8):
+        tuples = torch.tensor(list(itertools.product((SAFE, UNSAFE), repeat=k)))
+        _, violated, violations = repo.rectify(COSTS[RISKY][tuples].flatten(), 0.0, "prompt", "cost", k)
+        weights = probs[tuples].prod(1)
+        # At K = 1 there are no others: a response is judged by its own cost.
+        judged = f"{(weights * violated.view(-1, k)[:, 0]).sum():.3f}" if k > 1 else "-"
+        print(f"{k:>4}{(weights * violations).sum():>20.3f}{judged:>20}")
+
+    costs, probs = torch.tensor([-3.0, -0.5, 1.0]), torch.tensor([0.1, 0.3, 0.6])
+    pairs = torch.tensor(list(itertools.product(range(3), repeat=2)))
+    others, _, _ = repo.rectify(costs[pairs].flatten(), 0.0, "prompt", "cost", 2)
+    own = costs[pairs] * (costs[pairs].mean(1, keepdim=True) > 0)
+    print(f"\nK = 2, costs {costs.tolist()}, probabilities {probs.tolist()}: what an answer earns on average")
+    for name, terminal in (("judged by the other", others.view(-1, 2)), ("judged by the mean of both", own)):
+        earned = torch.zeros(3).index_add(0, pairs[:, 0], -terminal[:, 0] * probs[pairs[:, 1]])
+        print(f"  {name:<28}" + "".join(f"{value:>+8.2f}" for value in earned))
+
+
+def print_runs(args, runs):
+    print(f"\nAfter {args.steps} steps of exact gradients, β = {args.kl_coef}")
+    print(f"{'':<24}{'':>9}{'mean cost':>30}")
+    print(f"{'start':>6}  {'method':<16}{'P(safe)':>9}{'harmless':>12}{'risky':>9}{'both':>9}{'reward':>9}{'λ':>9}")
+    for (method, start), (safe, costs, multiplier, reward) in runs.items():
+        harmless, risky = costs[-1].tolist()
+        print(
+            f"{start:>6}  {METHODS[method]:<16}{safe[-1]:>9.3f}{harmless:>12.2f}{risky:>9.2f}"
+            f"{(harmless + risky) / 2:>9.2f}{reward:>9.2f}{multiplier:>9.2f}"
+        )
+
+
+def draw(args, runs):
+    plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    (above, costs_axis), (push_axis, bias_axis) = axes
+
+    for (method, start), (safe, costs, *_) in runs.items():
+        color = COLORS[method]
+        above.plot(safe, color=color, ls="-" if start == 0.5 else "--", lw=2)
+        if start == 0.1:
+            costs_axis.plot(costs[:, RISKY], color=color, lw=2)
+            costs_axis.plot(costs.mean(1), color=color, lw=2, ls=":")
+    above.set(title="(a) Does the risky prompt become safe?", xlabel="step", ylabel="P(safe answer | risky prompt)")
+    for method, color in COLORS.items():
+        above.plot([], [], color=color, lw=2, label=METHODS[method])
+    for start, style in ((0.5, "-"), (0.1, "--")):
+        above.plot([], [], color="0.3", ls=style, label=f"starts at {start}")
+    above.legend(loc="center right")
+    for style, label in (("-", "risky prompt"), (":", "average of both prompts")):
+        costs_axis.plot([], [], color="0.3", lw=2, ls=style, label=label)
+    costs_axis.axhline(0, color="0.3", lw=0.8)
+    costs_axis.set(
+        title="(b) Who pays? Colours of (a), starts at 0.1", xlabel="step", ylabel="mean cost, unsafe above 0"
+    )
+    costs_axis.legend(loc="center right", bbox_to_anchor=(1, 0.66))
+
+    grid = torch.linspace(0.005, 0.995, 100).tolist()
+    for multiplier, color in SHADES.items():
+        values = [push("advantage", q, multiplier) for q in grid]
+        push_axis.plot(grid, values, color=color, lw=2, label=f"advantage, λ = {multiplier}")
+        border = (1 + multiplier) / multiplier / 4
+        push_axis.plot(border, 0, "o", color=color, ms=7, zorder=3)
+    push_axis.plot(grid, [push("cost", q, 5) for q in grid], color=COLORS["cost"], lw=2, ls="--", label="cost, λ = 5")
+    push_axis.axhline(0, color="0.3", lw=0.8)
+    push_axis.set(
+        title="(c) Below its border the safe answer sinks",
+        xlabel="P(safe answer | risky prompt)", ylabel="A(safe) − A(unsafe)",
+    )  # fmt: skip
+    push_axis.legend()
+
+    value_grid = torch.linspace(-1, 2, 13).tolist()
+    for multiplier, color in SHADES.items():
+        base = push("cost", 0.25, multiplier)
+        biases = [push("advantage", 0.25, multiplier, torch.tensor([[0, 2.75], [0, v]])) - base for v in value_grid]
+        bias_axis.plot(value_grid, biases, color=color, lw=2, label=f"advantage, λ = {multiplier}")
+    values = [push("cost", 0.25, 5, torch.tensor([[0, 2.75], [0, v]])) - push("cost", 0.25, 5) for v in value_grid]
+    bias_axis.plot(value_grid, values, color=COLORS["cost"], lw=2, ls="--", label="cost, λ = 5")
+    bias_axis.axvline(1.25, color="0.3", lw=0.8, ls=":")
+    bias_axis.annotate("exact", (1.25, 0.5), ha="center", color="0.3", backgroundcolor="white")
+    bias_axis.set(
+        title="(d) Bias by the cost critic, P(safe) = 0.25",
+        xlabel="$V_c$ of the risky prompt", ylabel="bias of A(safe) − A(unsafe)", ylim=(-3, 0.8),
+    )  # fmt: skip
+    bias_axis.legend(loc="lower left")
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=100)
+    Image.open(args.output).convert("RGB").quantize(64).save(args.output, optimize=True)  # a quarter of the size
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    print_step()
+    print_borders()
+    print_bias(args.seed)
+    print_prompt_constraint()
+    runs = {(method, start): ascend(args, method, start) for start in (0.5, 0.1) for method in METHODS}
+    print_runs(args, runs)
+    draw(args, runs)
+    print(f"\nwritten to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
