@@ -143,7 +143,7 @@ class Args:
     """AdamW's weight decay of the policy"""
     max_grad_norm: float = 1.0
     """gradients of each model are clipped to this norm"""
-    kl_coef: float = 0.01
+    kl_coef: float = 0.05
     """β, weight of the KL divergence from the reference"""
     gae_lambda: float = 0.95
     """λ_GAE, bias-variance trade-off of the advantages"""

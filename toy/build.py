@@ -63,7 +63,7 @@ class Args:
     """answers a step"""
     sft_learning_rate: float = 3e-3
     """peak of a cosine schedule with 5% warm-up"""
-    score_epochs: int = 4
+    score_epochs: int = 5
     """passes of the score models over the training pairs"""
     score_batch_size: int = 64
     """pairs a step of the score models"""

@@ -1,0 +1,101 @@
+"""How the defaults of repo.py on the toy world were chosen: settings × seeds, measured by the exact functions.
+
+    python benchmark/toy_settings.py           # all settings, seeds 1 to 5: the table of docs/toy_settings.md
+    python benchmark/toy_settings.py --settings defaults --seeds 1 2 3
+
+Runs that are finished are not run again, so a stopped command goes on where it was.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "toy"))
+import measure  # noqa: E402
+
+SETTINGS = {
+    "defaults": "",
+    "float32": "--dtype float32",
+    "--rectify advantage": "--rectify advantage",
+    "λ_init 0.3": "--lambda-init 0.3",
+    "λ_init 3": "--lambda-init 3",
+    "η_λ 0.005": "--lambda-lr 0.005",
+    "η_λ 0.05": "--lambda-lr 0.05",
+    "λ_max 5": "--lambda-max 5",
+    "β 0.003": "--kl-coef 0.003",
+    "β 0.05": "--kl-coef 0.05",
+    "learning rate 5e-4": "--learning-rate 5e-4",
+    "learning rate 2e-3": "--learning-rate 2e-3",
+    "batch 128, same episodes": "--batch-size 128",
+    "d -0.5": "--cost-threshold -0.5",
+}
+
+
+@dataclass
+class Args:
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    """names of the settings to run"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """seeds of each"""
+    output_dir: Path = ROOT / "runs" / "toy_settings"
+    """where the runs go"""
+    parallel: int = 2
+    """runs at a time, each with one thread"""
+
+
+def run(folder: Path, seed: int, flags: str) -> None:
+    """One run, unless it is finished already."""
+    if (folder / "summary.json").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, ROOT / "repo.py", "--seed", seed, "--eval-every", 0, "--output-dir", folder]
+    command += flags.split()
+    done = subprocess.run(
+        [*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+
+
+def main(args: Args) -> None:
+    folders = {
+        name: [args.output_dir / f"{list(SETTINGS).index(name):02d}-{seed}" for seed in args.seeds]
+        for name in args.settings
+    }
+    with ThreadPoolExecutor(args.parallel) as pool:
+        jobs = [
+            pool.submit(run, folder, seed, SETTINGS[name])
+            for name in args.settings
+            for folder, seed in zip(folders[name], args.seeds, strict=True)
+        ]
+        for job in jobs:
+            job.result()
+    columns = ["setting", "safety compliance", "worst seed", "reward", "share of the way"]
+    columns += ["learned compliance", "λ at the end"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for name in args.settings:
+        results = [measure.measure_run(folder)["all"] for folder in folders[name]]
+        summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders[name]]
+        after = {key: [result["after"][key] for result in results] for key in ("compliance", "reward")}
+        cells = [
+            name,
+            measure.interval([100 * value for value in after["compliance"]], 1) + " %",
+            f"{100 * min(after['compliance']):.1f} %",
+            measure.interval(after["reward"], 2),
+            measure.interval([100 * result["share_of_way"] for result in results], 1) + " %",
+            measure.interval([100 * summary["after"]["safety_compliance"] for summary in summaries], 1) + " %",
+            measure.interval([summary["lambda"] for summary in summaries], 1),
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

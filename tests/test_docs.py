@@ -1,0 +1,52 @@
+"""What the pages say is so: metrics, files, flags, links."""
+
+import dataclasses
+import re
+
+import pytest
+from helpers import ROOT, read_lines, read_summary
+
+import preference_models
+import repo
+
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("toy/*.md")])
+
+
+def documented_metrics(page: str) -> list[str]:
+    """First column of the table below the heading "Logged metrics"."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").partition("## Logged metrics")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+
+
+def test_each_metric_of_repo_is_documented_and_each_documented_one_is_logged(repo_run):
+    logged = read_lines(repo_run / "metrics.jsonl")
+    assert documented_metrics("repo.md") == list(logged[0]) == list(logged[-1])
+
+
+def test_each_metric_of_the_preference_models_is_documented_and_each_documented_one_is_logged(preference_runs):
+    logged = {name for kind in preference_runs.values() for row in read_lines(kind / "metrics.jsonl") for name in row}
+    assert set(documented_metrics("preference_models.md")) == logged
+
+
+def test_the_keys_of_the_summaries_are_documented(repo_run, preference_runs):
+    for folder, page in ((repo_run, "repo.md"), (preference_runs["cost"], "preference_models.md")):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        summary = read_summary(folder)
+        names = [*summary, *summary.get("before", {})]
+        assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_of_the_scripts_exist(page):
+    """Each command that calls repo.py or preference_models.py uses flags that it has."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for script in (repo, preference_models):
+        flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)} | {"--help"}
+        for command in re.findall(rf"{script.__name__}\.py( [^\n;|&]*)", text):
+            assert set(re.findall(r" (--[a-z][a-z-]+)", command)) <= flags, command

@@ -1,0 +1,140 @@
+"""The same run over one, two and four processes and in micro-batches of different sizes, by torchrun.
+
+Compared are the gradients of the first update, which differ by the order of sums in float32 only, then all metrics,
+responses and weights. Weights get a test of their own: Adam divides a gradient by its size, so that an entry whose
+gradient is all rounding may move by the learning rate in either direction. Those entries are few, and are counted.
+"""
+
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import ROOT, command, finish, read_lines, read_summary, recorded_updates, run_main, start, without_times
+from safetensors.torch import load_file
+
+import preference_models
+import repo
+
+# 13 held-out prompts are no multiple of 2 or 4, and 3 does not divide the responses of a process.
+RUNS = {
+    "response": ("repo", dict(micro_batch_size=3, cost_threshold=-0.5)),
+    "larger": ("repo", dict(micro_batch_size=8, cost_threshold=-0.5)),
+    "prompt": (
+        "repo",
+        dict(constraint="prompt", responses_per_prompt=2, rectify="advantage", update_epochs=2, temperature=0.8),
+    ),
+    "cost": ("preference_models", dict(kind="cost", micro_batch_size=1)),
+}
+WORLDS = [1, 2, 4]
+NUMBERS = {"reward", "cost", "scores", "loss"}
+
+
+def main(folder, jobs):
+    """What every process of torchrun does: all the runs, one after the other, in one process group."""
+    processes = repo.start_processes()
+    for name, (script, words) in jobs.items():
+        module = {"repo": repo, "preference_models": preference_models}[script]
+        with recorded_updates(module) as updates:
+            outcome = run_main(module, processes, [*words, "--output-dir", f"{folder}/{name}"])
+        if outcome.code:
+            sys.exit(f"{name}: {outcome}")
+        if dist.get_rank() == 0:
+            torch.save(updates[:3], f"{folder}/{name}/updates.pt")
+    repo.shut_down()
+
+
+@pytest.fixture(scope="module")
+def folders(defaults, tmp_path_factory):
+    """For each number of processes, a folder with all runs; two processes make the first run twice."""
+    started = {}
+    for world in WORLDS:
+        folder = tmp_path_factory.mktemp(f"world{world}")
+        jobs = {name: (script, command(**defaults[script] | flags)) for name, (script, flags) in RUNS.items()}
+        if world == 2:
+            jobs["again"] = jobs["response"]
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        started[world] = folder, start([__file__, folder], processes=world, python_path=ROOT)
+    with contextlib.ExitStack() as stack:
+        for _, process in started.values():
+            stack.callback(process.kill)
+        for folder, process in started.values():
+            outcome = finish(process, seconds=180)
+            assert outcome.code == 0, f"{folder}:\n{outcome.out}\n{outcome.err}"
+    yield {world: folder for world, (folder, _) in started.items()}
+    for folder, _ in started.values():
+        shutil.rmtree(folder)
+
+
+PAIRS = [(1, name, world, name) for name in RUNS for world in WORLDS[1:]]
+PAIRS += [(1, "response", 1, "larger")]
+EVERY_PAIR = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "{}-{} {}-{}".format(*pair))
+
+
+def both(folders, pair):
+    world, name, other_world, other_name = pair
+    return folders[world] / name, folders[other_world] / other_name
+
+
+@EVERY_PAIR
+def test_gradients_of_the_first_update_are_equal(folders, pair):
+    """Entry by entry, to a hundred-thousandth of the largest entry of the model's gradient."""
+    one, other = (torch.load(folder / "updates.pt") for folder in both(folders, pair))
+    for (one_state, one_gradients), (other_state, other_gradients) in list(zip(one, other, strict=True)):
+        if pair[1] == "cost" and one_state is not one[0][0]:
+            break  # later ones are later steps
+        assert one_gradients.keys() == other_gradients.keys()
+        scale = max(gradient.abs().max() for gradient in one_gradients.values())
+        for name, gradient in one_gradients.items():
+            assert torch.equal(one_state[name], other_state[name]), name
+            assert (gradient - other_gradients[name]).abs().max() <= 1e-5 * scale, name
+        assert scale > 1e-3
+
+
+@EVERY_PAIR
+def test_metrics_are_equal(folders, pair):
+    one, other = (read_lines(folder / "metrics.jsonl") for folder in both(folders, pair))
+    assert len(one) == len(other) > 1
+    for line, expected in zip(other, one, strict=True):
+        assert without_times(line) == pytest.approx(without_times(expected), rel=1e-4, abs=1e-5)
+
+
+@EVERY_PAIR
+def test_evaluations_are_equal(folders, pair):
+    """The same responses, word for word, in the same order, each once; scores within rounding."""
+    one, other = both(folders, pair)
+    rows, expected_rows = read_lines(other / "eval.jsonl"), read_lines(one / "eval.jsonl")
+    assert len(rows) == len(expected_rows) == (13 if pair[1] == "cost" else 26)
+    for row, expected in zip(rows, expected_rows, strict=True):
+        for name, value in expected.items():
+            assert row[name] == (pytest.approx(value, abs=1e-4) if name in NUMBERS else value)
+    summary, expected = (without_times(read_summary(folder)) for folder in (other, one))
+    processes = summary.pop("processes", None), expected.pop("processes", None)
+    assert processes in ((pair[2], pair[0]), (None, None))
+    for name, value in expected.items():
+        assert summary[name] == (pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, dict | float) else value)
+
+
+@EVERY_PAIR
+def test_weights_are_equal(folders, pair):
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in both(folders, pair))
+    assert one.keys() == other.keys()
+    differences = torch.cat([(one[name] - other[name]).abs().flatten() for name in one])
+    learning_rate, steps = 1e-3, 5
+    assert (differences > 1e-3 * learning_rate).float().mean() < 0.01
+    assert differences.max() <= 2 * learning_rate * steps
+
+
+def test_two_runs_with_one_seed_are_the_same(folders):
+    one, other = folders[2] / "response", folders[2] / "again"
+    assert without_times(read_summary(one)) == without_times(read_summary(other))
+    for name in ("eval.jsonl", "model/model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(Path(sys.argv[1], "jobs.json").read_text()))
