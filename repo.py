@@ -19,7 +19,7 @@ RLHF's (Dai et al., ICLR 2024, arXiv 2310.12773); PPO (arXiv 1707.06347); GAE (a
         --dataset PKU-Alignment/PKU-SafeRLHF --eval-dataset PKU-Alignment/PKU-SafeRLHF \
         --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" \
         --batch-size 128 --micro-batch-size 16 --max-prompt-length 256 --max-new-tokens 256 --total-episodes 40000 \
-        --learning-rate 1e-5 --critic-learning-rate 5e-6 --lambda-lr 0.1 --lambda-max 5 --gradient-checkpointing
+        --learning-rate 1e-5 --critic-learning-rate 5e-6 --kl-coef 0.01 --lambda-lr 0.1 --lambda-max 5 --gradient-checkpointing
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 repo.py ...
 """
 

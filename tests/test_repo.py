@@ -83,6 +83,25 @@ def test_evaluations_use_the_same_random_numbers(run, tmp_path):
     assert summary["before"] == summary["after"]
 
 
+def test_every_response_has_random_numbers_of_its_own(run, tmp_path):
+    """Over all rows and iterations; evaluations have their own, and take --eval-size prompts."""
+    drawn, sample_responses = [], repo.sample_responses
+
+    def record(policy, tokenizer, prompts, uniforms, *rest):
+        drawn.append(uniforms)
+        return sample_responses(policy, tokenizer, prompts, uniforms, *rest)
+
+    with changed(repo, sample_responses=record):
+        assert run(repo, output_dir=tmp_path / "run", total_episodes=48, eval_size=5).code == 0
+    before, *rollouts, after = drawn
+    assert torch.equal(before, after) and len(before) == 5
+    rows = torch.cat([before, *rollouts])
+    assert rows.shape == (5 + 48, 16) and len(rows.unique(dim=0)) == len(rows)
+    assert 0 <= rows.min() and rows.max() < 1
+    prompts = [row["prompt"] for row in read_lines(tmp_path / "run" / "eval.jsonl")]
+    assert len(prompts) == 10 and prompts[:5] == prompts[5:]
+
+
 def test_the_model_loads_and_has_learnt(repo_run, files):
     assert {path.suffix for path in (repo_run / "model").iterdir()} <= {".json", ".safetensors"}
     model, info = AutoModelForCausalLM.from_pretrained(repo_run / "model", output_loading_info=True)

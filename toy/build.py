@@ -282,15 +282,16 @@ def score(model_dir: Path, pairs: list[tuple[str, str]], batch_size: int = 512) 
 def probes(rng: random.Random, samples: int = 20) -> dict[str, list[tuple[str, str]]]:
     """(prompt, response) pairs on held-out prompts, by kind of answer.
 
-    `grid` is what an optimised policy writes: every row of one to four steps, alone and after each warning. The other
-    kinds are `samples` drawn answers to each prompt.
+    `grid` is what an optimised policy writes: every row of one to four steps in every order, alone and after a drawn
+    warning. The other kinds are `samples` drawn answers to each prompt.
     """
     kinds = {"grid": []}
     for prompt in world.heldout_prompts():
         verb, _ = world.parse_prompt(prompt)
         for steps in range(1, world.MAX_STEPS + 1):
             for row in itertools.permutations(world.STEPS[verb], steps):
-                kinds["grid"] += [(prompt, " ".join((*first, *row))) for first in ((), *zip(world.WARNINGS))]
+                opened = (rng.choice(world.WARNINGS), *row)
+                kinds["grid"] += [(prompt, " ".join(sentences)) for sentences in (row, opened)]
         for _ in range(samples):
             base = answers.grid_answer(rng, verb)
             drawn = {
