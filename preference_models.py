@@ -367,6 +367,7 @@ def load_pretrained(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
             **config,
         )
     except Exception as exception:
@@ -416,7 +417,7 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     """
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     for module in [module for module in model.modules() if type(module).__name__ in blocks]:
         fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
     return fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
@@ -445,9 +446,11 @@ def open_run(args) -> Path:
     folder = Path(name[0])
     with agreed():
         if dist.get_rank() == 0:
-            if (folder / "args.json").exists():
-                state = "a finished" if (folder / "summary.json").exists() else "an unfinished"
-                raise UserError(f"--output-dir {folder} holds {state} run; choose another directory or remove that one")
+            mine = ("args.json", "metrics.jsonl", "eval.jsonl", "summary.json", "model", "tensorboard")
+            held = [entry for entry in mine if (folder / entry).exists()]
+            if held:
+                state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
+                raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")
             if args.track and not importlib.util.find_spec("wandb"):
                 raise UserError("--track needs the wandb package: pip install wandb")
             try:
@@ -463,18 +466,27 @@ def open_run(args) -> Path:
     return folder
 
 
+def finite(value):
+    """The same value with null for each number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def append_json(path: Path, rows: list[dict]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def log_metrics(folder: Path, writer: SummaryWriter, metrics: dict, step: int) -> None:
-    """One line of metrics.jsonl (JSON has no NaN: a figure that is not finite is null) and TensorBoard's scalars."""
-    append_json(folder / "metrics.jsonl", [{k: v if math.isfinite(v) else None for k, v in metrics.items()}])
+    """One line of metrics.jsonl, and the same names as TensorBoard's scalars."""
+    append_json(folder / "metrics.jsonl", [metrics])
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
 
@@ -516,6 +528,10 @@ def check_args(args: Args) -> None:
     for name in ("regularization", "weight_decay", "warmup_ratio"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 0 or more")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed is {args.seed}; it must be from 0 to 2**63 - 1")
+    if args.warmup_ratio > 1:
+        raise UserError(f"--warmup-ratio is {args.warmup_ratio}; it must be at most 1")
     if args.batch_size % dist.get_world_size():
         raise UserError(
             f"--batch-size {args.batch_size} does not divide among {dist.get_world_size()} processes; "
@@ -544,6 +560,7 @@ def load_pairs(args: Args, name: str, split: str, flag: str, tokenizer) -> list[
         choice = columns[preference][row]
         if choice not in (0, 1):
             raise UserError(f"{flag} {name}: row {row} has {preference} {choice!r}; it must be 0 or 1")
+        choice = int(choice)  # some readers make 0.0 or False of it
         safe = [columns[column][row] for column in safety] or [True, True]
         if not all(flag in (True, False) for flag in safe):
             raise UserError(f"{flag} {name}: row {row} has a safety label that is neither true nor false")
@@ -621,6 +638,10 @@ def main(device: torch.device, mesh) -> None:
         model = load_score_model(
             args.model, torch.float32, "--model", args.seed, args.trust_remote_code, fresh_head=True
         )
+        longest = max(len(ids) for pair in train_pairs + eval_pairs for ids in pair["ids"])
+        limit = getattr(model.model.config, "max_position_embeddings", None) or longest
+        if longest > limit:
+            raise UserError(f"a text has {longest} tokens, but --model reads {limit}: lower --max-length to {limit}")
         if args.gradient_checkpointing:
             model.model.gradient_checkpointing_enable()
     folder = open_run(args)
@@ -657,9 +678,11 @@ def main(device: torch.device, mesh) -> None:
                 skipped_in_a_row = 0
             else:
                 skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-                tqdm.write(f"step {step}: gradients are not finite, update skipped") if rank == 0 else None
+                if rank == 0:
+                    tqdm.write(f"step {step}: gradients are not finite, update skipped", file=sys.stderr)
             optimizer.zero_grad()
             if skipped_in_a_row == 5:
+                bar.close()
                 fail(f"5 updates in a row had gradients that are not finite (step {step}); try a lower --learning-rate")
             loss_sum, right = global_sum(loss_sum, right, device=device)
             metrics = {

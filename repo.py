@@ -19,7 +19,8 @@ RLHF's (Dai et al., ICLR 2024, arXiv 2310.12773); PPO (arXiv 1707.06347); GAE (a
         --dataset PKU-Alignment/PKU-SafeRLHF --eval-dataset PKU-Alignment/PKU-SafeRLHF \
         --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" \
         --batch-size 128 --micro-batch-size 16 --max-prompt-length 256 --max-new-tokens 256 --total-episodes 40000 \
-        --learning-rate 1e-5 --critic-learning-rate 5e-6 --kl-coef 0.01 --lambda-lr 0.1 --lambda-max 5 --gradient-checkpointing
+        --learning-rate 1e-5 --critic-learning-rate 5e-6 --kl-coef 0.01 --lambda-lr 0.1 --lambda-max 5 \
+        --gradient-checkpointing
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 repo.py ...
 """
 
@@ -134,11 +135,11 @@ class Args:
     update_epochs: int = 1
     """optimizer steps on one batch, each over all of it"""
     learning_rate: float = 1e-3
-    """peak learning rate of the policy; cosine schedule down to zero"""
+    """peak learning rate of the policy; cosine schedule over the iterations down to zero"""
     critic_learning_rate: float = 1e-3
     """learning rate of both critics, constant"""
     warmup_ratio: float = 0.03
-    """share of the policy's optimizer steps spent warming up"""
+    """share of the iterations spent warming up the policy's learning rate"""
     weight_decay: float = 0.01
     """AdamW's weight decay of the policy"""
     max_grad_norm: float = 1.0
@@ -307,21 +308,23 @@ def sample_responses(
     length = prompt_ids.shape[1]
     eos_ids = policy.generation_config.eos_token_id
     eos_ids = {tokenizer.eos_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])} - {None}
-    # The checkpoint's own generation settings (top-p, penalties) must not bend the distribution: only these count.
+    # The checkpoint's own generation settings (penalties, beams) would fill whatever is left open here and bend the
+    # distribution, so they are set aside while sampling.
     config = GenerationConfig(
         max_new_tokens=uniforms.shape[1],
         do_sample=False,  # the sampler below leaves one token to choose
         eos_token_id=sorted(eos_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
+    own_config, policy.generation_config = policy.generation_config, config
     with unsharded(policy):
         sequences = policy.generate(
             prompt_ids.to(device),
             attention_mask=prompt_mask.to(device),
-            generation_config=config,
             logits_processor=[InverseSampler(uniforms.to(device), length, temperature)],
             synced_gpus=False,  # parameters are whole during decoding: ranks need not walk in step
         )
+    policy.generation_config = own_config
     ends = torch.isin(sequences[:, length:], torch.tensor(sorted(eos_ids), device=device)).long()
     response_mask = (ends.cumsum(1) - ends == 0).long()  # no EOS before this token
     attention_mask = torch.cat([prompt_mask.to(device), response_mask], dim=1)
@@ -576,6 +579,7 @@ def load_pretrained(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
             **config,
         )
     except Exception as exception:
@@ -625,7 +629,7 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     """
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     for module in [module for module in model.modules() if type(module).__name__ in blocks]:
         fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
     return fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
@@ -667,9 +671,11 @@ def open_run(args) -> Path:
     folder = Path(name[0])
     with agreed():
         if dist.get_rank() == 0:
-            if (folder / "args.json").exists():
-                state = "a finished" if (folder / "summary.json").exists() else "an unfinished"
-                raise UserError(f"--output-dir {folder} holds {state} run; choose another directory or remove that one")
+            mine = ("args.json", "metrics.jsonl", "eval.jsonl", "summary.json", "model", "tensorboard")
+            held = [entry for entry in mine if (folder / entry).exists()]
+            if held:
+                state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
+                raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")
             if args.track and not importlib.util.find_spec("wandb"):
                 raise UserError("--track needs the wandb package: pip install wandb")
             try:
@@ -685,18 +691,27 @@ def open_run(args) -> Path:
     return folder
 
 
+def finite(value):
+    """The same value with null for each number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def append_json(path: Path, rows: list[dict]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def log_metrics(folder: Path, writer: SummaryWriter, metrics: dict, step: int) -> None:
-    """One line of metrics.jsonl (JSON has no NaN: a figure that is not finite is null) and TensorBoard's scalars."""
-    append_json(folder / "metrics.jsonl", [{k: v if math.isfinite(v) else None for k, v in metrics.items()}])
+    """One line of metrics.jsonl, and the same names as TensorBoard's scalars."""
+    append_json(folder / "metrics.jsonl", [metrics])
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
 
@@ -806,10 +821,13 @@ def check_args(args: Args) -> None:
             raise UserError(f"{flag} is {value}; it must be {'above 0' if name in above_zero.split() else '0 or more'}")
     if not math.isfinite(args.cost_threshold):
         raise UserError(f"--cost-threshold is {args.cost_threshold}; it must be a number")
-    if args.gae_lambda > 1:
-        raise UserError(f"--gae-lambda is {args.gae_lambda}; it must be at most 1")
+    for name in ("gae_lambda", "warmup_ratio"):
+        if getattr(args, name) > 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at most 1")
     if args.lambda_init > args.lambda_max:
         raise UserError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed is {args.seed}; it must be from 0 to 2**63 - 1")
     world, k = dist.get_world_size(), args.responses_per_prompt
     if args.batch_size % (world * k):
         raise UserError(
@@ -934,8 +952,7 @@ def main(device: torch.device, mesh) -> None:
         torch.optim.AdamW(critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, **adam)
         for critic in (reward_critic, cost_critic)
     ]
-    updates = iterations * args.update_epochs
-    schedule = get_cosine_schedule_with_warmup(policy_optimizer, math.ceil(args.warmup_ratio * updates), updates)
+    schedule = get_cosine_schedule_with_warmup(policy_optimizer, math.ceil(args.warmup_ratio * iterations), iterations)
     multiplier = args.lambda_init
     writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
 
@@ -1004,7 +1021,8 @@ def main(device: torch.device, mesh) -> None:
         cost_advantages, cost_returns = gae(token_costs, old_cost_values, response_mask, args.gae_lambda)
 
         # 5. The multiplier, by the violation over all ranks, before the policy moves
-        broken = sum((~values.isfinite()).sum().item() for values in (reward_returns, cost_returns, log_ratio))
+        figures = (rewards, costs, log_ratio, old_reward_values, old_cost_values)
+        broken = sum((~figure.isfinite()).sum().item() for figure in figures)
         violation_sum, violation_count, tokens, broken = global_sum(
             violations.sum(), violations.numel(), response_mask.sum(), broken, device=device
         )
@@ -1051,6 +1069,7 @@ def main(device: torch.device, mesh) -> None:
         if broken and rank == 0:
             tqdm.write(f"iteration {iteration}: scores or gradients are not finite, update skipped", file=sys.stderr)
         if skipped_in_a_row == 5:
+            bar.close()
             save_model(policy, tokenizer, folder / "model")
             fail(
                 f"5 updates in a row had scores or gradients that are not finite (iteration {iteration}); the policy "

@@ -9,7 +9,7 @@ import time
 import pytest
 import tiny
 import torch
-from helpers import ROOT, changed, command, contents, finish, read_lines, read_summary, start
+from helpers import ROOT, changed, command, contents, finish, read_lines, read_summary, recorded_updates, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -156,16 +156,21 @@ def test_a_folder_that_is_no_whole_checkpoint(refused, files, tmp_path, script, 
         torch.save(load_file(weights), folder / "pytorch_model.bin")
         weights.unlink()
     elif content == "custom code":
-        (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + CUSTOM)
-        names = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}
-        names["AutoModelForSequenceClassification"] = "code.OwnModel"
-        tiny.edit_json(folder / "config.json", auto_map=names, model_type="own")
+        add_custom_code(folder, tmp_path / "ran")
     elif content == "broken":
         (folder / "config.json").write_text("{")
     else:
         weights.write_bytes(weights.read_bytes()[:1000])
     refused(script, folder, model=folder)
     assert not (tmp_path / "ran").exists()
+
+
+def add_custom_code(folder, mark):
+    """Make a checkpoint one of custom code, which leaves a mark where it runs."""
+    (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\n" + CUSTOM)
+    names = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}
+    names["AutoModelForSequenceClassification"] = "code.OwnModel"
+    tiny.edit_json(folder / "config.json", auto_map=names, model_type="own")
 
 
 CUSTOM = """
@@ -177,6 +182,17 @@ class OwnConfig(LlamaConfig):
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
 """
+
+
+@BOTH
+def test_custom_code_of_a_score_model_is_not_run(files, processes, tmp_path, script):
+    """Also where its tokenizer is a plain one."""
+    folder = tiny.copy_model(files.reward, tmp_path / "model")
+    add_custom_code(folder, tmp_path / "ran")
+    for fresh_head in (False, True):
+        with pytest.raises(SCRIPTS[script].UserError, match="--reward-model"):
+            SCRIPTS[script].load_score_model(str(folder), torch.float32, "--reward-model", 1, False, fresh_head)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_every_weight_counts(refused, files, tmp_path):
@@ -427,6 +443,26 @@ def test_one_score_that_is_not_finite_costs_one_update(run, tmp_path, which, val
     assert metrics[2]["policy_grad_norm"] > 0
     weights = load_file(tmp_path / "out" / "model" / "model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.parametrize("name", ["policy_loss", "value_loss"])
+def test_a_gradient_that_is_not_finite_costs_one_update_of_all_models(run, tmp_path, name):
+    """The scores are finite, a loss of the second iteration is not: nothing moves until the third."""
+    calls, function = [], getattr(repo, name)
+
+    def loss(*args):
+        calls.append(1)
+        per_iteration = 2 if name == "policy_loss" else 4  # two micro-batches, and two critics
+        return function(*args) * (math.nan if len(calls) == per_iteration + 1 else 1)
+
+    with changed(repo, **{name: loss}), recorded_updates(repo) as updates:
+        outcome = run(repo, total_episodes=48, output_dir=tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("update skipped") == 1 and read_summary(tmp_path / "out")["skipped_updates"] == 1
+    for (before, _), (after, gradients) in zip(updates[3:6], updates[6:], strict=True):
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
 def test_files_of_a_run_that_was_never_finite_are_json(run, files, tmp_path):

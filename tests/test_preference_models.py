@@ -6,7 +6,7 @@ import math
 import pytest
 import tiny
 import torch
-from helpers import contents, read_lines, read_summary, recorded_updates, without_times
+from helpers import changed, contents, read_lines, read_summary, recorded_updates, without_times
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
@@ -53,7 +53,8 @@ def test_a_run_writes_its_files(preference_runs, kind):
 def test_summary_agrees_with_the_rows(preference_runs, kind):
     summary, rows = read_summary(preference_runs[kind]), read_lines(preference_runs[kind] / "eval.jsonl")
     assert summary.items() >= {"seed": 1, "pairs": 1800, "eval_pairs": 101, "skipped_updates": 0}.items()
-    assert len(rows) == 101
+    given = read_lines(preference_runs[kind].parent / "test.jsonl")
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in given]
     result = summary["eval"]
     assert result["pair_accuracy"] == pytest.approx(sum(r["scores"][0] > r["scores"][1] for r in rows) / 101)
     assert result["loss"] == pytest.approx(sum(row["loss"] for row in rows) / 101)
@@ -175,6 +176,22 @@ def test_options_run_and_seeds_repeat(run, files, tmp_path):
     assert losses["low"] == pytest.approx(losses["plain"], rel=0.05) and losses["low"] != losses["plain"]
     same, plain = (without_times(read_summary(tmp_path / name)) for name in ("same", "plain"))
     assert same == plain and read_summary(tmp_path / "low")["dtype"] == "bfloat16"
+
+
+def test_every_epoch_takes_all_pairs_in_a_new_order(run, files, tmp_path):
+    taken, score_pairs = [], preference_models.score_pairs
+
+    def record(model, pairs, *rest):
+        if torch.is_grad_enabled():  # not in evaluations
+            taken.extend(pair["prompt"] for pair in pairs)
+        return score_pairs(model, pairs, *rest)
+
+    with changed(preference_models, score_pairs=record):
+        assert run(preference_models, output_dir=tmp_path / "run", epochs=3).code == 0
+    epochs = [taken[i : i + 40] for i in range(0, 120, 40)]
+    prompts = sorted(row["prompt"] for row in read_lines(files.train))
+    assert len(taken) == 120 and all(sorted(epoch) == prompts for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
 def test_pad_may_be_eos(run, tmp_path):

@@ -97,7 +97,7 @@ def test_every_response_has_random_numbers_of_its_own(run, tmp_path):
     assert torch.equal(before, after) and len(before) == 5
     rows = torch.cat([before, *rollouts])
     assert rows.shape == (5 + 48, 16) and len(rows.unique(dim=0)) == len(rows)
-    assert 0 <= rows.min() and rows.max() < 1
+    assert rows.min() >= 0 and rows.max() < 1
     prompts = [row["prompt"] for row in read_lines(tmp_path / "run" / "eval.jsonl")]
     assert len(prompts) == 10 and prompts[:5] == prompts[5:]
 

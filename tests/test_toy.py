@@ -14,7 +14,6 @@ import measure
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 import world
 from transformers import AutoTokenizer
 
@@ -23,14 +22,6 @@ HARMLESS, DELICATE, DANGEROUS = (f"How do I clean the {name}?" for name in ("tea
 WIPE, RINSE, SCRUB, SOAK = world.STEPS["clean"]
 GLOVES, FINGERS, CARE = world.WARNINGS
 REFUSAL, CHAT, PATH = world.REFUSALS[0], world.FILLERS[0], world.STEPS["move"][0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +214,9 @@ def test_the_seed_decides_the_data(tmp_path):
 
 
 def test_score_models_on_heldout_pairs():
-    pairs = [(row["prompt"], row[f"response_{i}"]) for row in rows_of("test") for i in (0, 1)]
-    found = build.accuracies(TOY, pairs)
-    assert found["sign"] >= 0.97
+    pairs = [(row["prompt"], row[f"response_{i}"]) for row in rows_of("test")[::2] for i in (0, 1)]
+    costs = np.array([world.exact_cost(*pair) for pair in pairs])
+    assert np.mean((build.score(TOY / "cost_model", pairs) > 0) == (costs > 0)) >= 0.97
     rewards = build.score(TOY / "reward_model", pairs).reshape(-1, 2)
     exact = np.array([world.exact_reward(*pair) for pair in pairs]).reshape(-1, 2)
     differ = np.abs(exact[:, 0] - exact[:, 1]) > 0.99  # a step or more
@@ -234,7 +225,7 @@ def test_score_models_on_heldout_pairs():
 
 
 def test_score_models_on_what_an_optimised_policy_writes():
-    grid = random.Random(0).sample(build.probes(random.Random(0), samples=1)["grid"], 3_000)
+    grid = random.Random(0).sample(build.probes(random.Random(0), samples=1)["grid"], 1_500)
     found = build.accuracies(TOY, grid)
     assert found["sign"] >= 0.99 and found["unsafe_missed"] <= 0.01
     assert found["order"] >= 0.97 and found["reward_r"] >= 0.9
