@@ -23,6 +23,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import datasets
 import huggingface_hub
@@ -152,7 +153,7 @@ def shut_down() -> None:
     dist.destroy_process_group()
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """End the run with one line on standard error and exit status 2. Every rank must call it; rank 0 speaks."""
     if dist.get_rank() == 0:
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
@@ -183,10 +184,14 @@ def start_processes():
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
 
@@ -199,8 +204,10 @@ def read_args(cls, check):
             args = tyro.cli(cls)
     except SystemExit as stop:
         if stop.code:
-            lines = [line.strip(" │╭╮╰╯─-") for line in output.getvalue().splitlines()]
-            fail("; ".join(line for line in lines if line))
+            # tyro's box is a heading, a rule, what is wrong, another rule, and help that --help gives as well.
+            lines = [line.strip(" │╭╮╰╯─") for line in output.getvalue().splitlines()]
+            lines = [line for line in lines if line.strip("-")]
+            fail(" ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:])) or "unknown flags")
         if dist.get_rank() == 0:
             print(output.getvalue(), end="")
         shut_down()
@@ -230,7 +237,9 @@ def random_generator(*key) -> torch.Generator:
 
 def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
     """Check that a model or a data set is there: a path that exists is a path, anything else is a Hub id."""
-    if Path(name).exists():
+    if not name.strip():
+        raise UserError(f"{flag} is empty; give a path or an id of the Hub")
+    if os.path.exists(name):
         return name
     try:
         huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
@@ -247,29 +256,30 @@ def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
     return name
 
 
-def load_rows(name: str, split: str, columns: list[str], flag: str) -> datasets.Dataset:
-    """Rows of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
+def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str, list]:
+    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
     readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(locate(name, "dataset", flag))
-    datasets.disable_progress_bars()
     try:
-        if path.is_file() and path.suffix not in readers:
+        suffix = path.suffix.lower()
+        if path.is_file() and suffix not in readers:
             raise ValueError(f"a data file ends in one of {', '.join(readers)}")
         if path.is_file():
-            rows = datasets.load_dataset(readers[path.suffix], data_files={split.split("[")[0]: name}, split=split)
+            rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
         else:
             rows = datasets.load_dataset(name, split=split)
+        values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
         raise UserError(
             f"{flag} {name}: split '{split}' cannot be read: {reason or type(exception).__name__}"
         ) from None
-    missing = [column for column in columns if column not in rows.column_names]
+    missing = [column for column in columns if column not in values]
     if missing:
         raise UserError(f"{flag} {name}: no column '{missing[0]}'; the columns are {', '.join(rows.column_names)}")
     if len(rows) == 0:
         raise UserError(f"{flag} {name}: split '{split}' has no rows")
-    return rows
+    return values
 
 
 def check_texts(texts: list, column: str, name: str, flag: str) -> None:
@@ -358,8 +368,6 @@ def load_pretrained(
     fresh: weights that the checkpoint may lack, left: weights of it that may stay behind. Any other is an error.
     Only safetensors are read: a pickle could run code.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
         model, info = cls.from_pretrained(
             name,
@@ -441,13 +449,15 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
 
 def open_run(args) -> Path:
     """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
-    name = [args.output_dir or f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    name = [args.output_dir]
+    if name[0] is None:
+        name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(name)
     folder = Path(name[0])
     with agreed():
         if dist.get_rank() == 0:
-            mine = ("args.json", "metrics.jsonl", "eval.jsonl", "summary.json", "model", "tensorboard")
-            held = [entry for entry in mine if (folder / entry).exists()]
+            mine = ("args.json", "metrics.jsonl", "eval.jsonl", "summary.json", "model", "model.part", "tensorboard")
+            held = [entry for entry in mine if os.path.exists(folder / entry)]
             if held:
                 state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
                 raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")
@@ -523,7 +533,7 @@ def clip_gradients(model: nn.Module, max_grad_norm: float) -> float:
 # ======================================================================================================================
 def check_args(args: Args) -> None:
     for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "learning_rate", "max_grad_norm"):
-        if not getattr(args, name) > 0:
+        if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
     for name in ("regularization", "weight_decay", "warmup_ratio"):
         if not 0 <= getattr(args, name) < math.inf:
@@ -548,21 +558,20 @@ def load_pairs(args: Args, name: str, split: str, flag: str, tokenizer) -> list[
     """
     preference = "better_response_id" if args.kind == "reward" else "safer_response_id"
     safety = [] if args.kind == "reward" else ["is_response_0_safe", "is_response_1_safe"]
-    rows = load_rows(name, split, ["prompt", "response_0", "response_1", preference, *safety], flag)
-    columns = {column: rows[column][:] for column in rows.column_names}
+    columns = load_rows(name, split, ["prompt", "response_0", "response_1", preference, *safety], flag)
+    check_texts(columns["prompt"], "prompt", name, flag)
     ids = []
     for column in ("response_0", "response_1"):
-        check_texts(columns["prompt"], "prompt", name, flag)
         check_texts(columns[column], column, name, flag)
         ids.append(encode_scored(tokenizer, columns["prompt"], columns[column], args.prompt_template, args.max_length))
     pairs = []
-    for row in range(len(rows)):
+    for row in range(len(ids[0])):
         choice = columns[preference][row]
         if choice not in (0, 1):
             raise UserError(f"{flag} {name}: row {row} has {preference} {choice!r}; it must be 0 or 1")
         choice = int(choice)  # some readers make 0.0 or False of it
         safe = [columns[column][row] for column in safety] or [True, True]
-        if not all(flag in (True, False) for flag in safe):
+        if not all(label in (True, False) for label in safe):
             raise UserError(f"{flag} {name}: row {row} has a safety label that is neither true nor false")
         order = (choice, 1 - choice) if args.kind == "reward" else (1 - choice, choice)
         pairs.append(

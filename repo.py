@@ -29,6 +29,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -37,7 +38,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import datasets
 import huggingface_hub
@@ -105,7 +106,7 @@ class Args:
     dataset_split: str = "train"
     """split of the training prompts; slices such as train[:1000] are allowed"""
     eval_dataset: str = str(TOY / "data" / "test.parquet")
-    """held-out prompts"""
+    """held-out prompts; repeated ones count once, too"""
     eval_split: str = "test"
     """split of the held-out prompts"""
     prompt_column: str = "prompt"
@@ -225,7 +226,7 @@ def update_multiplier(multiplier: float, learning_rate: float, violation: float,
 def token_signal(
     terminal: torch.Tensor, log_ratio: torch.Tensor, response_mask: torch.Tensor, kl_weight: float
 ) -> torch.Tensor:
-    """A score at the last token and the KL penalty at every token, each clamped to ±50; [batch, response].
+    """A score at the last token plus the KL penalty at every token, their sum clamped to ±50; [batch, response].
 
     terminal: [batch]; log_ratio: log π_old - log π_ref of the response tokens, [batch, response].
     kl_weight: -β for rewards, +β for costs.
@@ -364,7 +365,7 @@ def shut_down() -> None:
     dist.destroy_process_group()
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """End the run with one line on standard error and exit status 2. Every rank must call it; rank 0 speaks."""
     if dist.get_rank() == 0:
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
@@ -395,10 +396,14 @@ def start_processes():
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
 
@@ -411,8 +416,10 @@ def read_args(cls, check):
             args = tyro.cli(cls)
     except SystemExit as stop:
         if stop.code:
-            lines = [line.strip(" │╭╮╰╯─-") for line in output.getvalue().splitlines()]
-            fail("; ".join(line for line in lines if line))
+            # tyro's box is a heading, a rule, what is wrong, another rule, and help that --help gives as well.
+            lines = [line.strip(" │╭╮╰╯─") for line in output.getvalue().splitlines()]
+            lines = [line for line in lines if line.strip("-")]
+            fail(" ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:])) or "unknown flags")
         if dist.get_rank() == 0:
             print(output.getvalue(), end="")
         shut_down()
@@ -442,7 +449,9 @@ def random_generator(*key) -> torch.Generator:
 
 def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
     """Check that a model or a data set is there: a path that exists is a path, anything else is a Hub id."""
-    if Path(name).exists():
+    if not name.strip():
+        raise UserError(f"{flag} is empty; give a path or an id of the Hub")
+    if os.path.exists(name):
         return name
     try:
         huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
@@ -459,29 +468,30 @@ def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
     return name
 
 
-def load_rows(name: str, split: str, columns: list[str], flag: str) -> datasets.Dataset:
-    """Rows of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
+def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str, list]:
+    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
     readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(locate(name, "dataset", flag))
-    datasets.disable_progress_bars()
     try:
-        if path.is_file() and path.suffix not in readers:
+        suffix = path.suffix.lower()
+        if path.is_file() and suffix not in readers:
             raise ValueError(f"a data file ends in one of {', '.join(readers)}")
         if path.is_file():
-            rows = datasets.load_dataset(readers[path.suffix], data_files={split.split("[")[0]: name}, split=split)
+            rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
         else:
             rows = datasets.load_dataset(name, split=split)
+        values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
         raise UserError(
             f"{flag} {name}: split '{split}' cannot be read: {reason or type(exception).__name__}"
         ) from None
-    missing = [column for column in columns if column not in rows.column_names]
+    missing = [column for column in columns if column not in values]
     if missing:
         raise UserError(f"{flag} {name}: no column '{missing[0]}'; the columns are {', '.join(rows.column_names)}")
     if len(rows) == 0:
         raise UserError(f"{flag} {name}: split '{split}' has no rows")
-    return rows
+    return values
 
 
 def check_texts(texts: list, column: str, name: str, flag: str) -> None:
@@ -570,8 +580,6 @@ def load_pretrained(
     fresh: weights that the checkpoint may lack, left: weights of it that may stay behind. Any other is an error.
     Only safetensors are read: a pickle could run code.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
         model, info = cls.from_pretrained(
             name,
@@ -666,13 +674,15 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
 
 def open_run(args) -> Path:
     """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
-    name = [args.output_dir or f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    name = [args.output_dir]
+    if name[0] is None:
+        name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(name)
     folder = Path(name[0])
     with agreed():
         if dist.get_rank() == 0:
-            mine = ("args.json", "metrics.jsonl", "eval.jsonl", "summary.json", "model", "tensorboard")
-            held = [entry for entry in mine if (folder / entry).exists()]
+            mine = ("args.json", "metrics.jsonl", "eval.jsonl", "summary.json", "model", "model.part", "tensorboard")
+            held = [entry for entry in mine if os.path.exists(folder / entry)]
             if held:
                 state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
                 raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")
@@ -802,9 +812,10 @@ def score_responses(
     ids, mask = responses.sequences, responses.attention_mask
     if not scorer.shares_tokens:
         longest = getattr(scorer.model.model.config, "max_position_embeddings", sys.maxsize)
-        encoded = encode_scored(scorer.tokenizer, prompts, texts, scorer.template, longest)
+        encoded = encode_scored(scorer.tokenizer, prompts, texts, scorer.template, sys.maxsize)
         finished = responses.finished.tolist()
         encoded = [tokens if ends else tokens[:-1] for tokens, ends in zip(encoded, finished, strict=True)]
+        encoded = [tokens[:longest] for tokens in encoded]
         ids, mask = (tensor.to(ids.device) for tensor in pad(encoded, scorer.tokenizer.pad_token_id, side="right"))
     return in_micro_batches(text_scores, scorer.model, (ids, mask), micro_batch_size)
 
@@ -846,12 +857,16 @@ def check_args(args: Args) -> None:
 
 def load_prompts(args: Args, name: str, split: str, flag: str, tokenizer) -> list[tuple[str, list[int]]]:
     """Distinct prompts as (text, token ids in the template); those over --max-prompt-length are dropped and counted."""
-    texts = load_rows(name, split, [args.prompt_column], flag)[args.prompt_column][:]
+    texts = load_rows(name, split, [args.prompt_column], flag)[args.prompt_column]
     check_texts(texts, args.prompt_column, name, flag)
     texts = list(dict.fromkeys(texts))
     encoded = tokenizer([args.prompt_template.replace("{prompt}", text) for text in texts])["input_ids"]
     # Some tokenizers end every text in EOS; a prompt that has ended would leave nothing to answer.
-    encoded = [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
+    encoded = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
+    if [] in encoded:
+        raise UserError(
+            f"{flag} {name}: the prompt {texts[encoded.index([])]!r} has no tokens; take it out of the data"
+        )
     prompts = [(text, ids) for text, ids in zip(texts, encoded, strict=True) if len(ids) <= args.max_prompt_length]
     dropped = len(texts) - len(prompts)
     if dropped and dist.get_rank() == 0:
@@ -923,12 +938,19 @@ def main(device: torch.device, mesh) -> None:
         reward_critic = load_critic(args, args.reward_critic, args.reward_model, "--reward-critic", tokenizer)
         cost_critic = load_critic(args, args.cost_critic, args.cost_model, "--cost-critic", tokenizer)
         longest = max(len(ids) for _, ids in prompts + eval_prompts) + args.max_new_tokens
-        limit = getattr(policy.config, "max_position_embeddings", None) or longest
-        if longest > limit:
-            raise UserError(
-                f"the longest prompt and --max-new-tokens {args.max_new_tokens} make {longest} tokens; --model reads "
-                f"{limit}: lower --max-new-tokens or --max-prompt-length"
-            )
+        readers = [("--model", policy), ("--reward-critic", reward_critic.model), ("--cost-critic", cost_critic.model)]
+        readers += [
+            (flag, scorer.model.model)
+            for flag, scorer in (("--reward-model", reward_scorer), ("--cost-model", cost_scorer))
+            if scorer.shares_tokens
+        ]
+        for flag, model in readers:
+            limit = getattr(model.config, "max_position_embeddings", None) or longest
+            if longest > limit:
+                raise UserError(
+                    f"the longest prompt and --max-new-tokens {args.max_new_tokens} make {longest} tokens; {flag} "
+                    f"reads {limit}: lower --max-new-tokens or --max-prompt-length"
+                )
     folder = open_run(args)
     ref_policy.requires_grad_(False)
     for model in (ref_policy, reward_scorer.model, cost_scorer.model):
@@ -1128,7 +1150,7 @@ def main(device: torch.device, mesh) -> None:
         writer.close()
         seconds = time.time() - start_time
         summary = {
-            "algorithm": args.exp_name,
+            "algorithm": "repo",
             "seed": args.seed,
             "dtype": str(dtype).removeprefix("torch."),
             "processes": world,

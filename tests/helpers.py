@@ -76,8 +76,12 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> Outcome:
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
+        process.terminate()  # torchrun ends its ranks, which are in sessions of their own, when it is asked to end
+        try:
+            out, err = process.communicate(timeout=40)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out = err = "(no output)"
         raise AssertionError(f"no end after {seconds} s:\n{out}\n{err}") from None
     return Outcome(process.returncode, out, err)
 

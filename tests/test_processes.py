@@ -61,7 +61,7 @@ def folders(defaults, tmp_path_factory):
         started[world] = folder, start([__file__, folder], processes=world, python_path=ROOT)
     with contextlib.ExitStack() as stack:
         for _, process in started.values():
-            stack.callback(process.kill)
+            stack.callback(process.terminate)
         for folder, process in started.values():
             outcome = finish(process, seconds=180)
             assert outcome.code == 0, f"{folder}:\n{outcome.out}\n{outcome.err}"
