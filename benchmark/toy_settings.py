@@ -24,8 +24,8 @@ import measure  # noqa: E402
 
 SETTINGS = {
     "defaults": "",
-    "--dtype float32": "--dtype float32",
-    "--rectify advantage": "--rectify advantage",
+    "dtype float32": "--dtype float32",
+    "rectify advantage": "--rectify advantage",
     "λ_init 0.3": "--lambda-init 0.3",
     "η_λ 0.005": "--lambda-lr 0.005",
     "η_λ 0.05": "--lambda-lr 0.05",
@@ -64,7 +64,7 @@ def run(folder: Path, seed: int, flags: str) -> None:
 
 def main(args: Args) -> None:
     folders = {
-        name: [args.output_dir / f"{re.sub('[^0-9A-Za-zβηλ.]+', '-', name.strip('-'))}-{seed}" for seed in args.seeds]
+        name: [args.output_dir / f"{re.sub('[^0-9A-Za-zβηλ.]+', '-', name)}-{seed}" for seed in args.seeds]
         for name in args.settings
     }
     with ThreadPoolExecutor(args.parallel) as pool:
