@@ -384,11 +384,31 @@ def test_torchrun_ends_with_one_line(defaults, tmp_path, mistake):
     flags = defaults["repo"] | dict(output_dir=tmp_path / "out")
     flags |= dict(batch_sise=7) if mistake == "flag" else {}
     # Seconds on an idle machine; a rank left alone would wait for half an hour.
-    outcome = finish(start([ROOT / "repo.py", *command(**flags)], processes=2, cwd=tmp_path), seconds=120)
+    outcome = finish(start([ROOT / "repo.py", *command(**flags)], processes=2, cwd=tmp_path), seconds=300)
     assert outcome.code != 0
     assert len(outcome.errors) == 1, outcome
     assert ("batch-sise" if mistake == "flag" else "an unfinished run") in outcome.errors[0]
     assert contents(tmp_path / "out") == {"args.json": b"{}"}
+
+
+@BOTH
+def test_a_mistake_on_one_rank_ends_all(processes, script, capsys):
+    """This rank found nothing wrong, another did: it ends with the other's words."""
+
+    def all_gather_object(found, own):
+        assert own is None
+        found[:] = [None, "--flag of another rank\nis wrong"]
+
+    module, left = SCRIPTS[script], []
+    with (
+        changed(module.dist, all_gather_object=all_gather_object),
+        changed(module, shut_down=lambda: left.append(1)),
+        pytest.raises(SystemExit) as stop,
+        module.agreed(),
+    ):
+        pass
+    assert stop.value.code == 2 and left == [1]
+    assert capsys.readouterr().err == "error: --flag of another rank is wrong\n"
 
 
 # ---- Figures that are not finite

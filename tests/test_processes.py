@@ -63,7 +63,7 @@ def folders(defaults, tmp_path_factory):
         for _, process in started.values():
             stack.callback(process.terminate)
         for folder, process in started.values():
-            outcome = finish(process, seconds=180)
+            outcome = finish(process, seconds=400)
             assert outcome.code == 0, f"{folder}:\n{outcome.out}\n{outcome.err}"
     yield {world: folder for world, (folder, _) in started.items()}
     for folder, _ in started.values():
