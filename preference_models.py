@@ -456,8 +456,8 @@ def open_run(args) -> Path:
     folder = Path(name[0])
     with agreed():
         if dist.get_rank() == 0:
-            mine = ("args.json", "metrics.jsonl", "eval.jsonl", "summary.json", "model", "model.part", "tensorboard")
-            held = [entry for entry in mine if os.path.exists(folder / entry)]
+            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part tensorboard stage1 stage2 merged"
+            held = [entry for entry in mine.split() if os.path.lexists(folder / entry)]
             if held:
                 state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
                 raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")

@@ -6,22 +6,23 @@ average cost lets very safe prompts pay for unsafe ones; RePO rectifies inside t
     maximise  E_x E_y [R(x, y)] - β KL(π_θ ‖ π_ref)   subject to   E_x E_y [ {C(x, y) - d}^+ ] ≤ 0,  {z}^+ = max(z, 0)
     L(θ, λ) = ( E[R] - λ E[{C - d}^+] ) / (1 + λ) - β KL(π_θ ‖ π_ref)
 
-One iteration: sample responses; score them; spread the scores over tokens with the KL penalty; rectify the costs;
-estimate advantages with a reward critic and a cost critic (GAE); raise λ by the mean violation; take one clipped
-policy-gradient step (PPO) with the advantage (A_r - λ A_c) / (1 + λ).
+One iteration: sample responses; score them; spread the scores over tokens with the KL penalty; estimate advantages
+with a reward critic and a cost critic (GAE); move λ by the constraint; take one clipped policy-gradient step (PPO) with
+the advantage (A_r - λ A_c) / (1 + λ).
 
-Sources: RePO (Peng et al., NeurIPS 2025, arXiv 2410.19933); the framework of two critics and a multiplier is Safe
-RLHF's (Dai et al., ICLR 2024, arXiv 2310.12773); PPO (arXiv 1707.06347); GAE (arXiv 1506.02438).
+Sources: RePO (Peng et al., NeurIPS 2025, arXiv 2410.19933); Safe RLHF, whose framework of two critics and a multiplier
+this is (Dai et al., ICLR 2024, arXiv 2310.12773); PPO (arXiv 1707.06347); GAE (arXiv 1506.02438).
 
-    python repo.py                                    # the embedded toy world, on a laptop, about a minute
-    torchrun --nproc_per_node 8 repo.py --model PKU-Alignment/alpaca-7b-reproduced \
-        --reward-model REWARD_MODEL --cost-model COST_MODEL \
+Without flags it runs on the embedded toy world: on a laptop, offline, in about a minute. At the papers' scale:
+
+    torchrun --nproc_per_node 8 repo.py \
+        --model PKU-Alignment/alpaca-7b-reproduced --reward-model REWARD_MODEL --cost-model COST_MODEL \
         --dataset PKU-Alignment/PKU-SafeRLHF --eval-dataset PKU-Alignment/PKU-SafeRLHF \
         --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" \
         --batch-size 128 --micro-batch-size 16 --max-prompt-length 256 --max-new-tokens 256 --total-episodes 40000 \
         --learning-rate 1e-5 --critic-learning-rate 5e-6 --kl-coef 0.01 --lambda-lr 0.1 --lambda-max 5 \
         --gradient-checkpointing
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 repo.py ...
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ...     # on each node
 """
 
 import contextlib
@@ -181,46 +182,34 @@ class Args:
 def rectify(
     costs: torch.Tensor, threshold: float, constraint: str, estimator: str, responses_per_prompt: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the constraint is violated, and what the trajectory pays for it.
+    """What becomes of the costs C(x, y), [batch]; the K = responses_per_prompt responses of a prompt are neighbours.
 
-    costs: C(x, y), [batch], the K = responses_per_prompt responses of a prompt next to each other.
-    Returns the terminal costs that the cost critic learns [batch], whether the constraint is violated [batch], and the
-    violations whose mean moves the multiplier, [batch] (one a response) or [batch / K] (one a prompt).
+    Returns the terminal costs that the cost critic learns [batch], how much of λ each response feels [batch], and the
+    rectified excesses whose mean moves λ, [batch] (one a response) or [batch / K] (one a prompt).
     """
-    excess = costs - threshold  # C(x, y) - d
-    if constraint == "response":
-        violated = excess > 0  # 1{C(x, y) > d}
-        violations = F.relu(excess)  # {C(x, y) - d}^+
-    else:
+    excess = averaged = judged = costs - threshold  # C(x, y) - d
+    if constraint == "prompt" and responses_per_prompt > 1:
         groups = excess.view(-1, responses_per_prompt)
+        averaged = groups.mean(1)  # E_y C(x, y) - d
         # A prompt is judged by its OTHER responses, which keeps the gradient along ∇E_y[C]: with its own cost in the
         # mean, a very safe answer that ends the violation would earn less than a mildly safe one.
-        others = groups
-        if responses_per_prompt > 1:
-            others = (groups.sum(1, keepdim=True) - groups) / (responses_per_prompt - 1)
-        violated = (others > 0).flatten()
-        violations = F.relu(groups.mean(1))  # {E_y C(x, y) - d}^+
-    terminal_costs = torch.where(violated, excess, 0.0) if estimator == "cost" else excess
-    return terminal_costs, violated, violations
+        judged = ((groups.sum(1, keepdim=True) - groups) / (responses_per_prompt - 1)).flatten()
+    violated = judged > 0
+    if estimator == "cost":  # the critic learns the rectified cost; every response feels the same λ
+        return torch.where(violated, excess, 0.0), torch.ones_like(excess), F.relu(averaged)
+    return excess, violated.to(excess.dtype), F.relu(averaged)  # the critic learns C - d; a safe response feels no λ
 
 
 def combine_advantages(
-    reward_advantages: torch.Tensor,
-    cost_advantages: torch.Tensor,
-    multiplier: float,
-    violated: torch.Tensor,
-    estimator: str,
+    reward_advantages: torch.Tensor, cost_advantages: torch.Tensor, multiplier: torch.Tensor | float
 ) -> torch.Tensor:
-    """The Lagrangian's advantage, [batch, response]; under estimator `advantage` a safe response keeps its reward's."""
-    advantages = (reward_advantages - multiplier * cost_advantages) / (1 + multiplier)
-    if estimator == "advantage":
-        advantages = torch.where(violated[:, None], advantages, reward_advantages)
-    return advantages
+    """The Lagrangian's advantage, [batch, response]; multiplier: λ, or one of each response, [batch, 1]."""
+    return (reward_advantages - multiplier * cost_advantages) / (1 + multiplier)
 
 
-def update_multiplier(multiplier: float, learning_rate: float, violation: float, maximum: float) -> float:
-    """Gradient ascent of λ · violation in log λ, up to a maximum (Safe RLHF's rule, arXiv 2310.12773)."""
-    return min(multiplier * math.exp(min(learning_rate * multiplier * violation, 50.0)), maximum)
+def update_multiplier(multiplier: float, learning_rate: float, excess: float, maximum: float) -> float:
+    """Gradient ascent of λ · excess in log λ, up to a maximum (Safe RLHF's rule, arXiv 2310.12773)."""
+    return min(multiplier * math.exp(min(learning_rate * multiplier * excess, 50.0)), maximum)
 
 
 def token_signal(
@@ -681,8 +670,8 @@ def open_run(args) -> Path:
     folder = Path(name[0])
     with agreed():
         if dist.get_rank() == 0:
-            mine = ("args.json", "metrics.jsonl", "eval.jsonl", "summary.json", "model", "model.part", "tensorboard")
-            held = [entry for entry in mine if os.path.exists(folder / entry)]
+            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part tensorboard stage1 stage2 merged"
+            held = [entry for entry in mine.split() if os.path.lexists(folder / entry)]
             if held:
                 state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
                 raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")
@@ -1033,8 +1022,8 @@ def main(device: torch.device, mesh) -> None:
         log_ratio = old_logprobs - ref_logprobs  # k_t of the KL penalty
         clock.append(time.time())
 
-        # 4. Rectified costs; rewards and costs of tokens; advantages
-        terminal_costs, violated, violations = rectify(
+        # 4. The constraint; rewards and costs of tokens; advantages
+        terminal_costs, weights, excess = rectify(
             costs, args.cost_threshold, args.constraint, args.rectify, args.responses_per_prompt
         )
         token_rewards = token_signal(rewards, log_ratio, response_mask, -args.kl_coef)
@@ -1042,16 +1031,15 @@ def main(device: torch.device, mesh) -> None:
         reward_advantages, reward_returns = gae(token_rewards, old_reward_values, response_mask, args.gae_lambda)
         cost_advantages, cost_returns = gae(token_costs, old_cost_values, response_mask, args.gae_lambda)
 
-        # 5. The multiplier, by the violation over all ranks, before the policy moves
+        # 5. The multiplier, by the constraint over all ranks, before the policy moves
         figures = (rewards, costs, log_ratio, old_reward_values, old_cost_values)
         broken = sum((~figure.isfinite()).sum().item() for figure in figures)
-        violation_sum, violation_count, tokens, broken = global_sum(
-            violations.sum(), violations.numel(), response_mask.sum(), broken, device=device
+        excess_sum, excess_count, tokens, broken = global_sum(
+            excess.sum(), excess.numel(), response_mask.sum(), broken, device=device
         )
         if not broken:
-            violation = violation_sum / violation_count
-            multiplier = update_multiplier(multiplier, args.lambda_lr, violation, args.lambda_max)
-        advantages = combine_advantages(reward_advantages, cost_advantages, multiplier, violated, args.rectify)
+            multiplier = update_multiplier(multiplier, args.lambda_lr, excess_sum / excess_count, args.lambda_max)
+        advantages = combine_advantages(reward_advantages, cost_advantages, multiplier * weights[:, None])
 
         # 6. One step of the policy and of both critics an epoch, each over the whole batch
         losses = torch.zeros(3, device=device)  # policy, reward critic, cost critic
@@ -1099,10 +1087,11 @@ def main(device: torch.device, mesh) -> None:
             )
 
         # 8. Log
-        reward_sum, cost_sum, safe, kl, finished, clipped, *losses = global_sum(
+        reward_sum, cost_sum, safe, violation, kl, finished, clipped, *losses = global_sum(
             rewards.sum(),
             costs.sum(),
             (costs <= args.cost_threshold).sum(),
+            F.relu(costs - args.cost_threshold).sum(),
             (log_ratio * response_mask).sum(),
             responses.finished.sum(),
             clipped,
@@ -1115,7 +1104,8 @@ def main(device: torch.device, mesh) -> None:
             "reward": reward_sum / args.batch_size,
             "cost": cost_sum / args.batch_size,
             "safety_compliance": safe / args.batch_size,
-            "violation": violation_sum / violation_count,
+            "violation": violation / args.batch_size,
+            "excess": excess_sum / excess_count,
             "lambda": multiplier,
             "kl": kl / args.batch_size,
             "response_length": tokens / args.batch_size,
@@ -1150,7 +1140,7 @@ def main(device: torch.device, mesh) -> None:
         writer.close()
         seconds = time.time() - start_time
         summary = {
-            "algorithm": "repo",
+            "algorithm": Args.exp_name,  # the default, whatever this run is called
             "seed": args.seed,
             "dtype": str(dtype).removeprefix("torch."),
             "processes": world,

@@ -71,17 +71,17 @@ def advantages(method, logits, ref_logits, multiplier, beta, values=None):
     log_ratio = (logits.log_softmax(-1) - ref_logits.log_softmax(-1)).reshape(-1, 1)
     mask = torch.ones(COSTS.numel(), 1, dtype=torch.long)
     estimator = "advantage" if method == "advantage" else "cost"
-    terminal_costs, violated, violations = repo.rectify(COSTS.flatten(), 0.0, "response", estimator, 1)
+    terminal_costs, shares, excess = repo.rectify(COSTS.flatten(), 0.0, "response", estimator, 1)
     if method == "ppo_lagrange":  # C - d for every answer, in the estimate and in the update of the multiplier
-        terminal_costs = violations = COSTS.flatten()
+        terminal_costs = excess = COSTS.flatten()
     parts = []
     for i, (terminal, weight) in enumerate([(REWARDS.flatten(), -beta), (terminal_costs, beta)]):
         signal = repo.token_signal(terminal, log_ratio, mask, weight)
         value = (probs * signal.view(probs.shape)).sum(1) if values is None else values[i]
         parts.append(repo.gae(signal, value.repeat_interleave(2)[:, None], mask, 1.0)[0])
-    combined = repo.combine_advantages(*parts, multiplier, violated, estimator)
-    violation = (probs * violations.view(probs.shape)).sum(1).mean().item()
-    return *(part.view(probs.shape) for part in (combined, *parts)), violation
+    combined = repo.combine_advantages(*parts, multiplier * shares[:, None])
+    mean_excess = (probs * excess.view(probs.shape)).sum(1).mean().item()
+    return *(part.view(probs.shape) for part in (combined, *parts)), mean_excess
 
 
 def policy_gradient(logits, combined):
@@ -107,8 +107,8 @@ def ascend(args, method, start):
         probs = logits.softmax(-1)
         safe.append(probs[RISKY, SAFE].item())
         costs.append((probs * COSTS).sum(1))
-        *_, violation = advantages(method, logits, ref_logits, multiplier, args.kl_coef)
-        multiplier = repo.update_multiplier(multiplier, args.lambda_lr, violation, args.lambda_max)
+        *_, excess = advantages(method, logits, ref_logits, multiplier, args.kl_coef)
+        multiplier = repo.update_multiplier(multiplier, args.lambda_lr, excess, args.lambda_max)
         combined, *_ = advantages(method, logits, ref_logits, multiplier, args.kl_coef)
         logits = logits + args.step_size * policy_gradient(logits, combined)
     return safe, torch.stack(costs), multiplier, (probs * REWARDS).sum(1).mean().item()
@@ -169,11 +169,11 @@ def print_prompt_constraint():
     print(f"{'K':>4}{'E of what moves λ':>20}{'P(others violate)':>20}")
     for k in (1, 2, 4, 8):
         tuples = torch.tensor(list(itertools.product((SAFE, UNSAFE), repeat=k)))
-        _, violated, violations = repo.rectify(COSTS[RISKY][tuples].flatten(), 0.0, "prompt", "cost", k)
+        _, violated, excess = repo.rectify(COSTS[RISKY][tuples].flatten(), 0.0, "prompt", "advantage", k)
         weights = probs[tuples].prod(1)
         # At K = 1 there are no others: a response is judged by its own cost.
         judged = f"{(weights * violated.view(-1, k)[:, 0]).sum():.3f}" if k > 1 else "-"
-        print(f"{k:>4}{(weights * violations).sum():>20.3f}{judged:>20}")
+        print(f"{k:>4}{(weights * excess).sum():>20.3f}{judged:>20}")
 
     costs, probs = torch.tensor([-3.0, -0.5, 1.0]), torch.tensor([0.1, 0.3, 0.6])
     pairs = torch.tensor(list(itertools.product(range(3), repeat=2)))

@@ -68,20 +68,20 @@ def cost_loss(unsafer: float, safer: float, unsafer_sign: float, safer_sign: flo
 
 
 def rectify(costs: list[float], threshold: float, constraint: str, estimator: str, k: int):
-    """Terminal costs and violated, one a response; violations, one a response or one a prompt."""
-    violated, violations = [], []
+    """Terminal costs and shares of λ, one a response; rectified excesses, one a response or one a prompt."""
+    violated, excesses = [], []
     for i, cost in enumerate(costs):
         group = costs[i // k * k : i // k * k + k]
         if constraint == "response":
             violated.append(cost > threshold)
-            violations.append(max(cost - threshold, 0.0))
+            excesses.append(max(cost - threshold, 0.0))
         else:
             others = [c for j, c in enumerate(group) if j != i % k] or group
             violated.append(sum(others) / len(others) > threshold)
             if i % k == 0:
-                violations.append(max(sum(group) / k - threshold, 0.0))
+                excesses.append(max(sum(group) / k - threshold, 0.0))
     paid = [c - threshold if v or estimator == "advantage" else 0.0 for c, v in zip(costs, violated, strict=True)]
-    return paid, violated, violations
+    return paid, [float(v or estimator == "cost") for v in violated], excesses
 
 
 def logprobs(policy, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 from helpers import command, run_main  # noqa: E402
 
+import ppo_lagrange  # noqa: E402
 import preference_models  # noqa: E402
 import repo  # noqa: E402
 
@@ -51,7 +52,11 @@ def defaults(files) -> dict[str, dict]:
     rl = dict(model=files.policy, reward_model=files.reward, cost_model=files.cost, max_new_tokens=16)
     rl |= dict(total_episodes=32, batch_size=16, micro_batch_size=8, eval_every=0)
     pairs = dict(kind="reward", model=files.policy, epochs=1, batch_size=8, micro_batch_size=4)
-    return {"repo": shared | rl, "preference_models": shared | pairs}
+    return {
+        "repo": shared | rl,
+        "ppo_lagrange": shared | rl | dict(lambda_max=20),  # as in repo.py
+        "preference_models": shared | pairs,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +74,15 @@ def repo_run(run, tmp_path_factory) -> Path:
     """Folder of one run of repo.py: three iterations, an evaluation after the second."""
     folder = tmp_path_factory.mktemp("runs") / "repo"
     outcome = run(repo, output_dir=folder, total_episodes=48, eval_every=2)
+    assert outcome.code == 0, outcome.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lagrange_run(run, tmp_path_factory) -> Path:
+    """Folder of one run of ppo_lagrange.py: three iterations under a threshold that all costs keep, so that λ falls."""
+    folder = tmp_path_factory.mktemp("runs") / "ppo_lagrange"
+    outcome = run(ppo_lagrange, output_dir=folder, total_episodes=48, eval_every=2, cost_threshold=2, lambda_lr=0.1)
     assert outcome.code == 0, outcome.err
     return folder
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from helpers import ROOT, read_lines, read_summary
 
+import ppo_lagrange
 import preference_models
 import repo
 
@@ -18,9 +19,10 @@ def documented_metrics(page: str) -> list[str]:
     return re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
 
 
-def test_each_metric_of_repo_is_documented_and_each_documented_one_is_logged(repo_run):
-    logged = read_lines(repo_run / "metrics.jsonl")
-    assert documented_metrics("repo.md") == list(logged[0]) == list(logged[-1])
+def test_each_metric_of_rl_is_documented_and_each_documented_one_is_logged(repo_run, lagrange_run):
+    for folder, page in ((repo_run, "repo.md"), (lagrange_run, "ppo_lagrange.md")):
+        logged = read_lines(folder / "metrics.jsonl")
+        assert documented_metrics(page) == list(logged[0]) == list(logged[-1])
 
 
 def test_each_metric_of_the_preference_models_is_documented_and_each_documented_one_is_logged(preference_runs):
@@ -28,8 +30,9 @@ def test_each_metric_of_the_preference_models_is_documented_and_each_documented_
     assert set(documented_metrics("preference_models.md")) == logged
 
 
-def test_the_keys_of_the_summaries_are_documented(repo_run, preference_runs):
-    for folder, page in ((repo_run, "repo.md"), (preference_runs["cost"], "preference_models.md")):
+def test_the_keys_of_the_summaries_are_documented(repo_run, lagrange_run, preference_runs):
+    runs = (repo_run, "repo.md"), (lagrange_run, "ppo_lagrange.md"), (preference_runs["cost"], "preference_models.md")
+    for folder, page in runs:
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
         summary = read_summary(folder)
         names = [*summary, *summary.get("before", {})]
@@ -44,9 +47,9 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_of_the_scripts_exist(page):
-    """Each command that calls repo.py or preference_models.py uses flags that it has."""
+    """Each command that calls a script uses flags that it has."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    for script in (repo, preference_models):
+    for script in (repo, ppo_lagrange, preference_models):
         flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)} | {"--help"}
         for command in re.findall(rf"{script.__name__}\.py( [^\n;|&]*)", text):
             assert set(re.findall(r" (--[a-z][a-z-]+)", command)) <= flags, command

@@ -67,8 +67,7 @@ def test_the_kl_penalty_has_one_weight_whatever_the_multiplier(batch):
     rewards = repo.token_signal(zero, batch["logprobs"], batch["mask"], -0.1)
     costs = repo.token_signal(zero, batch["logprobs"], batch["mask"], 0.1)
     by_reward, by_cost = (repo.gae(signal, values, batch["mask"], 0.95)[0] for signal in (rewards, costs))
-    everywhere = torch.ones(6, dtype=torch.bool)
-    close(repo.combine_advantages(by_reward, by_cost, 7.0, everywhere, "cost"), by_reward)
+    close(repo.combine_advantages(by_reward, by_cost, 7.0), by_reward)
 
 
 # ---- Losses: numbers and derivatives

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from helpers import ROOT, command, finish, read_lines, read_summary, recorded_updates, run_main, start, without_times
 from safetensors.torch import load_file
 
+import ppo_lagrange
 import preference_models
 import repo
 
@@ -28,6 +29,7 @@ RUNS = {
         "repo",
         dict(constraint="prompt", responses_per_prompt=2, rectify="advantage", update_epochs=2, temperature=0.8),
     ),
+    "average": ("ppo_lagrange", dict(responses_per_prompt=2, cost_threshold=0.5)),
     "cost": ("preference_models", dict(kind="cost", micro_batch_size=1)),
 }
 WORLDS = [1, 2, 4]
@@ -38,7 +40,7 @@ def main(folder, jobs):
     """What every process of torchrun does: all the runs, one after the other, in one process group."""
     processes = repo.start_processes()
     for name, (script, words) in jobs.items():
-        module = {"repo": repo, "preference_models": preference_models}[script]
+        module = {"repo": repo, "ppo_lagrange": ppo_lagrange, "preference_models": preference_models}[script]
         with recorded_updates(module) as updates:
             outcome = run_main(module, processes, [*words, "--output-dir", f"{folder}/{name}"])
         if outcome.code:

@@ -126,12 +126,12 @@ def repo_gradient(
     log_ratio = old_logprobs - problem.logprobs(problem.ref_logits)[x, y]
     mask = problem.mask[y]
     reward_values, cost_values = (value[x, y] for value in values)
-    terminal_costs, violated, _ = rectify(problem.costs[x, y], threshold, constraint, estimator, responses_per_prompt)
+    terminal_costs, shares, _ = rectify(problem.costs[x, y], threshold, constraint, estimator, responses_per_prompt)
     token_rewards = repo.token_signal(problem.rewards[x, y], log_ratio, mask, -beta)
     token_costs = repo.token_signal(terminal_costs, log_ratio, mask, beta)
     reward_advantages, _ = repo.gae(token_rewards, reward_values, mask, gae_lambda)
     cost_advantages, _ = repo.gae(token_costs, cost_values, mask, gae_lambda)
-    advantages = repo.combine_advantages(reward_advantages, cost_advantages, multiplier, violated, estimator)
+    advantages = repo.combine_advantages(reward_advantages, cost_advantages, multiplier * shares[:, None])
     loss = repo.policy_loss(problem.logprobs(logits)[x, y], old_logprobs, advantages, 0.2)
     return torch.autograd.grad(-(weights[:, None] * loss * mask).sum(), logits)[0]
 
@@ -342,7 +342,7 @@ def rectify_by_own_mean(costs, threshold, constraint, estimator, responses_per_p
     """What repo.rectify avoids: a response is judged by a mean that holds its own cost."""
     groups = (costs - threshold).view(-1, responses_per_prompt)
     violated = (groups.mean(1, keepdim=True) > 0).expand_as(groups).flatten()
-    return torch.where(violated, costs - threshold, 0.0), violated, None
+    return torch.where(violated, costs - threshold, 0.0), torch.ones_like(costs), None
 
 
 @pytest.mark.parametrize("responses_per_prompt", [2, 3])
@@ -376,12 +376,12 @@ def test_violation_of_a_prompt_is_biased_upwards_at_small_k():
     means = []
     for k in (1, 2, 4, 6):
         tuples = torch.tensor(list(itertools.product(range(4), repeat=k)))
-        _, _, violations = repo.rectify(costs[tuples].flatten(), threshold, "prompt", "cost", k)
+        _, _, excess = repo.rectify(costs[tuples].flatten(), threshold, "prompt", "cost", k)
         by_hand = (costs[tuples].mean(1) - threshold).clamp(min=0)
-        assert_equal(violations, by_hand)
-        means.append((probs[tuples].prod(1) * violations).sum().item())
-    _, _, violations = repo.rectify(costs, threshold, "response", "cost", 1)
-    assert (probs * violations).sum().item() == pytest.approx(means[0])
+        assert_equal(excess, by_hand)
+        means.append((probs[tuples].prod(1) * excess).sum().item())
+    _, _, excess = repo.rectify(costs, threshold, "response", "cost", 1)
+    assert (probs * excess).sum().item() == pytest.approx(means[0])
     assert means == sorted(means, reverse=True) and means[-1] > exact > 0
 
 
@@ -400,10 +400,10 @@ def random_batch(costs, estimator, multiplier, constraint, responses_per_prompt,
     def advantages(terminal, values, weight):
         return repo.gae(repo.token_signal(terminal, log_ratio, mask, weight), values, mask, 0.95)[0]
 
-    terminal_costs, violated, _ = repo.rectify(costs, threshold, constraint, estimator, responses_per_prompt)
+    terminal_costs, shares, _ = repo.rectify(costs, threshold, constraint, estimator, responses_per_prompt)
     of_reward = advantages(rewards, reward_values, -0.05)
     of_cost = advantages(terminal_costs, cost_values, 0.05)
-    combined = repo.combine_advantages(of_reward, of_cost, multiplier, violated, estimator)
+    combined = repo.combine_advantages(of_reward, of_cost, multiplier * shares[:, None])
     return combined, of_reward, lambda terminal: advantages(terminal, cost_values, 0.05)
 
 
@@ -435,17 +435,25 @@ def test_one_response_a_prompt_makes_both_constraints_the_same(estimator):
 
 def test_rectify_by_hand():
     costs = torch.tensor([2.0, -1.0, 0.5, -3.0])
-    terminal, violated, violations = repo.rectify(costs, 0.5, "response", "cost", 2)
+    terminal, shares, excess = repo.rectify(costs, 0.5, "response", "cost", 2)
     assert terminal.tolist() == [1.5, 0.0, 0.0, 0.0]
-    assert violated.tolist() == [True, False, False, False]
-    assert violations.tolist() == [1.5, 0.0, 0.0, 0.0]
+    assert shares.tolist() == [1.0] * 4
+    assert excess.tolist() == [1.5, 0.0, 0.0, 0.0]
+    terminal, shares, excess = repo.rectify(costs, 0.5, "response", "advantage", 2)
+    assert terminal.tolist() == [1.5, -1.5, 0.0, -3.5]
+    assert shares.tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert excess.tolist() == [1.5, 0.0, 0.0, 0.0]
     # Prompt 1: each is judged by the other, so the safe answer is the one that earns its negative cost.
-    terminal, violated, violations = repo.rectify(costs, 0.0, "prompt", "cost", 2)
+    terminal, shares, excess = repo.rectify(costs, 0.0, "prompt", "cost", 2)
     assert terminal.tolist() == [0.0, -1.0, 0.0, -3.0]
-    assert violated.tolist() == [False, True, False, True]
-    assert violations.tolist() == [0.5, 0.0]
-    assert repo.rectify(costs, 0.5, "prompt", "advantage", 2)[0].tolist() == [1.5, -1.5, 0.0, -3.5]
-    assert repo.rectify(torch.full((4,), 0.5), 0.5, "prompt", "cost", 2)[1].tolist() == [False] * 4  # d itself is safe
+    assert shares.tolist() == [1.0] * 4
+    assert excess.tolist() == [0.5, 0.0]
+    terminal, shares, excess = repo.rectify(costs, 0.0, "prompt", "advantage", 2)
+    assert terminal.tolist() == [2.0, -1.0, 0.5, -3.0]
+    assert shares.tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert excess.tolist() == [0.5, 0.0]
+    limit = torch.full((4,), 0.5)
+    assert repo.rectify(limit, 0.5, "prompt", "advantage", 2)[1].tolist() == [0.0] * 4  # d itself is safe
 
 
 # ---- The multiplier
@@ -457,18 +465,18 @@ def test_multiplier_by_hand():
     assert repo.update_multiplier(1.0, 0.1, 1e9, 20.0) == 20.0  # no overflow
     # 1 -> e^(1 · ln 2) = 2 -> 2 e^(2 · ln 2) = 8 -> 8 e^0 = 8 -> 8 e^(-8 · ln 2 / 8) = 4 -> the cap
     multiplier, trajectory = 1.0, []
-    for violation in (1.0, 1.0, 0.0, -1 / 8, 10.0):
-        multiplier = repo.update_multiplier(multiplier, math.log(2), violation, 20.0)
+    for excess in (1.0, 1.0, 0.0, -1 / 8, 10.0):
+        multiplier = repo.update_multiplier(multiplier, math.log(2), excess, 20.0)
         trajectory.append(multiplier)
     assert trajectory == pytest.approx([2.0, 8.0, 8.0, 4.0, 20.0])
 
 
-def test_multiplier_never_decreases_with_rectified_violations():
+def test_multiplier_never_decreases_with_rectified_excesses():
     generator, multiplier = torch.Generator().manual_seed(0), 0.5
     for _ in range(300):
         costs = torch.randn(8, generator=generator)
-        _, _, violations = repo.rectify(costs, 0.0, "response", "cost", 1)
-        after = repo.update_multiplier(multiplier, 0.1, violations.mean().item(), 5.0)
+        _, _, excess = repo.rectify(costs, 0.0, "response", "cost", 1)
+        after = repo.update_multiplier(multiplier, 0.1, excess.mean().item(), 5.0)
         assert multiplier <= after <= 5.0
         multiplier = after
     assert multiplier == 5.0

@@ -28,7 +28,7 @@ import preference_models
 import repo
 
 METRICS = """
-    iteration episodes reward cost safety_compliance violation lambda kl response_length finished policy_loss
+    iteration episodes reward cost safety_compliance violation excess lambda kl response_length finished policy_loss
     reward_value_loss cost_value_loss clip_fraction policy_grad_norm reward_critic_grad_norm cost_critic_grad_norm
     learning_rate skipped_updates seconds_rollout seconds_scoring seconds_update
 """.split()  # noqa: SIM905

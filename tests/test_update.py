@@ -1,4 +1,5 @@
-"""Whole iterations of repo.py a second time, by hand: losses, gradients of all three models, optimizer steps, metrics.
+"""Whole iterations of repo.py and ppo_lagrange.py a second time, by hand: losses, gradients of all three models,
+optimizer steps, metrics.
 
 What the script sampled and the parameters it had are recorded; everything after that is computed anew, text by text,
 with unsharded float64 models and the loops of by_hand.py.
@@ -15,6 +16,7 @@ import torch
 from helpers import changed, read_lines, recorded_updates
 from transformers import AutoModelForCausalLM
 
+import ppo_lagrange
 import preference_models
 import repo
 
@@ -27,17 +29,22 @@ COMMON = dict(
     weight_decay=0.02, micro_batch_size=5, total_episodes=32, update_epochs=2,
 )  # fmt: skip
 RUNS = {
-    "response, cost": dict(),
-    "response, advantage": dict(rectify="advantage"),
-    "prompt, cost": dict(constraint="prompt", responses_per_prompt=4),
-    "prompt, advantage": dict(constraint="prompt", responses_per_prompt=2, rectify="advantage", update_epochs=1),
+    "response, cost": (repo, dict()),
+    "response, advantage": (repo, dict(rectify="advantage")),
+    "prompt, cost": (repo, dict(constraint="prompt", responses_per_prompt=4)),
+    "prompt, advantage": (
+        repo,
+        dict(constraint="prompt", responses_per_prompt=2, rectify="advantage", update_epochs=1),
+    ),
+    "PPO-Lagrange": (ppo_lagrange, dict(cost_threshold=1.0)),  # above the mean cost: λ falls
+    "PPO-Lagrange, K = 2": (ppo_lagrange, dict(responses_per_prompt=2, update_epochs=1, cost_threshold=-1.0)),
 }
 
 
 @contextlib.contextmanager
-def recorded_rollouts():
+def recorded_rollouts(script):
     """Record every call of sample_responses: a list of (prompts, responses) of token ids, EOS included."""
-    rollouts, original = [], repo.sample_responses
+    rollouts, original = [], script.sample_responses
 
     def sample_responses(policy, tokenizer, prompts, *rest):
         sampled = original(policy, tokenizer, prompts, *rest)
@@ -48,7 +55,7 @@ def recorded_rollouts():
         rollouts.append((list(prompts), responses))
         return sampled
 
-    with changed(repo, sample_responses=sample_responses):
+    with changed(script, sample_responses=sample_responses):
         yield rollouts
 
 
@@ -67,6 +74,9 @@ def plain_scorer(name, state=None):
 
 
 def rectified(a, costs):
+    if isinstance(a, ppo_lagrange.Args):
+        excess = [cost - a.cost_threshold for cost in costs]
+        return excess, [1.0] * len(costs), excess
     return by_hand.rectify(costs, a.cost_threshold, a.constraint, a.rectify, a.responses_per_prompt)
 
 
@@ -82,9 +92,9 @@ def targets(a, files, prompts, responses, policy, critics, multiplier):
         ref_policy = plain_policy(files)
         ref = [by_hand.logprobs(ref_policy, x, y, a.temperature).tolist() for x, y in texts]
         values = [[by_hand.values(critic, x, y).tolist() for x, y in texts] for critic in critics]
-    terminal_costs, violated, violations = rectified(a, costs)
-    violation = sum(violations) / len(violations)
-    multiplier = min(multiplier * math.exp(a.lambda_lr * multiplier * violation), a.lambda_max)
+    terminal_costs, weights, excesses = rectified(a, costs)
+    excess = sum(excesses) / len(excesses)
+    multiplier = min(multiplier * math.exp(a.lambda_lr * multiplier * excess), a.lambda_max)
     advantages, returns = [], ([], [])
     for i in range(len(texts)):
         log_ratio = [p - q for p, q in zip(old[i], ref[i], strict=True)]
@@ -97,14 +107,15 @@ def targets(a, files, prompts, responses, policy, critics, multiplier):
         )
         returns[0].append(reward_returns)
         returns[1].append(cost_returns)
-        both = [(r - multiplier * c) / (1 + multiplier) for r, c in zip(by_reward, by_cost, strict=True)]
-        advantages.append(both if a.rectify == "cost" or violated[i] else by_reward)
+        own = multiplier if weights[i] else 0.0
+        advantages.append([(r - own * c) / (1 + own) for r, c in zip(by_reward, by_cost, strict=True)])
     count, tokens = len(texts), sum(map(len, responses))
     metrics = {
         "reward": sum(rewards) / count,
         "cost": sum(costs) / count,
         "safety_compliance": sum(cost <= a.cost_threshold for cost in costs) / count,
-        "violation": violation,
+        "violation": sum(max(cost - a.cost_threshold, 0) for cost in costs) / count,
+        "excess": excess,
         "lambda": multiplier,
         "kl": (sum(map(sum, old)) - sum(map(sum, ref))) / count,
         "response_length": tokens / count,
@@ -145,13 +156,13 @@ def norm(gradients):
     return math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
 
 
-@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
-def test_two_iterations_by_hand(run, files, tmp_path, flags):
+@pytest.mark.parametrize("script, flags", RUNS.values(), ids=RUNS)
+def test_two_iterations_by_hand(run, files, tmp_path, script, flags):
     flags = COMMON | flags
-    with recorded_updates(repo) as updates, recorded_rollouts() as rollouts:
-        outcome = run(repo, output_dir=tmp_path / "run", **flags)
+    with recorded_updates(script) as updates, recorded_rollouts(script) as rollouts:
+        outcome = run(script, output_dir=tmp_path / "run", **flags)
     assert outcome.code == 0, outcome.err
-    a = repo.Args(batch_size=16, **flags)
+    a = script.Args(batch_size=16, **flags)
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     epochs, iterations, multiplier = a.update_epochs, 2, a.lambda_init
     assert len(updates) == 3 * epochs * iterations
@@ -200,7 +211,9 @@ def test_two_iterations_by_hand(run, files, tmp_path, flags):
     assert metrics[0]["response_length"] < 16 and 0 < metrics[0]["safety_compliance"] < 1 and abs(logged["kl"]) > 0.01
     assert abs(metrics[0]["kl"]) < 1e-5  # the reference is the policy, at the temperature of sampling, too
     assert (logged["clip_fraction"] > 0) == (epochs > 1)
-    assert a.lambda_init < metrics[0]["lambda"] <= metrics[1]["lambda"] <= a.lambda_max
+    falls = script is ppo_lagrange and a.cost_threshold > 0.1
+    assert metrics[0]["lambda"] < a.lambda_init if falls else metrics[0]["lambda"] > a.lambda_init
+    assert metrics[1]["lambda"] <= a.lambda_max and (script is ppo_lagrange or metrics[0]["excess"] > 0)
 
 
 class AdamW:

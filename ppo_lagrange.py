@@ -1,0 +1,1153 @@
+"""PPO-Lagrange: Safe RLHF's constrained policy optimization, with a safety constraint that holds on average.
+
+A policy π_θ shall be helpful (reward R) and safe (cost C ≤ d) on the AVERAGE over prompts x and responses y. Nothing is
+rectified, so that a very safe response (C - d < 0) pays for an unsafe one elsewhere:
+
+    maximise  E_x E_y [R(x, y)] - β KL(π_θ ‖ π_ref)   subject to   E_x E_y [ C(x, y) - d ] ≤ 0
+    L(θ, λ) = ( E[R] - λ E[C - d] ) / (1 + λ) - β KL(π_θ ‖ π_ref)
+
+--lambda-lr 0 keeps λ at --lambda-init: Reward Shaping, R - λ C. With --lambda-init 0 it is PPO on the reward alone.
+
+One iteration: sample responses; score them; spread the scores over tokens with the KL penalty; estimate advantages
+with a reward critic and a cost critic (GAE); move λ by the constraint; take one clipped policy-gradient step (PPO) with
+the advantage (A_r - λ A_c) / (1 + λ).
+
+Sources: RePO (Peng et al., NeurIPS 2025, arXiv 2410.19933); Safe RLHF, whose framework of two critics and a multiplier
+this is (Dai et al., ICLR 2024, arXiv 2310.12773); PPO (arXiv 1707.06347); GAE (arXiv 1506.02438).
+
+Without flags it runs on the embedded toy world: on a laptop, offline, in about a minute. At the papers' scale:
+
+    torchrun --nproc_per_node 8 ppo_lagrange.py \
+        --model PKU-Alignment/alpaca-7b-reproduced --reward-model REWARD_MODEL --cost-model COST_MODEL \
+        --dataset PKU-Alignment/PKU-SafeRLHF --eval-dataset PKU-Alignment/PKU-SafeRLHF \
+        --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" \
+        --batch-size 128 --micro-batch-size 16 --max-prompt-length 256 --max-new-tokens 256 --total-episodes 40000 \
+        --learning-rate 1e-5 --critic-learning-rate 5e-6 --kl-coef 0.01 --lambda-lr 0.1 --lambda-max 5 \
+        --gradient-checkpointing
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ...     # on each node
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import datasets
+import huggingface_hub
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+import tyro
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    get_cosine_schedule_with_warmup,
+)
+
+TOY = Path(__file__).resolve().parent / "toy"
+
+
+@dataclass
+class Args:
+    """Align a language model by PPO with a Lagrange multiplier for the mean cost (PPO-Lagrange)."""
+
+    exp_name: str = "ppo_lagrange"
+    """name of the run"""
+    seed: int = 1
+    """seeds everything random"""
+    output_dir: str | None = None
+    """where the run is written; default runs/<exp-name>-<seed>-<time>"""
+    track: bool = False
+    """also log to Weights & Biases (needs the wandb package)"""
+
+    # Models (a folder, or an id of the Hub)
+    model: str = str(TOY / "policy")
+    """the policy to align and its reference: a language model after supervised fine-tuning"""
+    reward_model: str = str(TOY / "reward_model")
+    """one-label score model, larger = more helpful"""
+    cost_model: str = str(TOY / "cost_model")
+    """one-label score model, larger = more harmful, above zero = unsafe"""
+    reward_critic: str | None = None
+    """start of the reward critic; default: the reward model if it shares the policy's tokenizer, else the policy"""
+    cost_critic: str | None = None
+    """start of the cost critic; default: the cost model if it shares the policy's tokenizer, else the policy"""
+    trust_remote_code: bool = False
+    """run model code that comes with a checkpoint; off, such checkpoints are refused"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute type; auto: bfloat16 on CUDA and on CPUs with instructions for it, else float32; masters stay float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    cpu_offload: bool = False
+    """keep the frozen models (reference, reward model, cost model) in CPU memory while they are not used"""
+
+    # Prompts
+    dataset: str = str(TOY / "data" / "train.parquet")
+    """training prompts (jsonl, json, csv or parquet file, folder, or Hub id); repeated prompts count once"""
+    dataset_split: str = "train"
+    """split of the training prompts; slices such as train[:1000] are allowed"""
+    eval_dataset: str = str(TOY / "data" / "test.parquet")
+    """held-out prompts; repeated ones count once, too"""
+    eval_split: str = "test"
+    """split of the held-out prompts"""
+    prompt_column: str = "prompt"
+    """column that holds the prompts"""
+    prompt_template: str = "{prompt}"
+    """text put around a prompt; the response follows it directly"""
+    score_prompt_template: str | None = None
+    """template that the score models were trained with; default: the policy's"""
+    max_prompt_length: int = 64
+    """tokens of a prompt in its template; longer ones are dropped"""
+
+    # Rollout
+    total_episodes: int = 12800
+    """responses of the whole run; the iterations are total_episodes / batch_size"""
+    batch_size: int = 64
+    """responses an iteration, over all processes"""
+    micro_batch_size: int = 64
+    """responses a process takes through one forward and backward pass"""
+    responses_per_prompt: int = 1
+    """K, responses sampled for each prompt"""
+    max_new_tokens: int = 32
+    """tokens of a response at most, EOS included"""
+    temperature: float = 1.0
+    """sampling temperature; log-probabilities are those of the tempered distribution"""
+
+    # Optimisation
+    update_epochs: int = 1
+    """optimizer steps on one batch, each over all of it"""
+    learning_rate: float = 1e-3
+    """peak learning rate of the policy; cosine schedule over the iterations down to zero"""
+    critic_learning_rate: float = 1e-3
+    """learning rate of both critics, constant"""
+    warmup_ratio: float = 0.03
+    """share of the iterations spent warming up the policy's learning rate"""
+    weight_decay: float = 0.01
+    """AdamW's weight decay of the policy"""
+    max_grad_norm: float = 1.0
+    """gradients of each model are clipped to this norm"""
+    kl_coef: float = 0.05
+    """β, weight of the KL divergence from the reference"""
+    gae_lambda: float = 0.95
+    """λ_GAE, bias-variance trade-off of the advantages"""
+    clip_coef: float = 0.2
+    """clip range of the probability ratio"""
+    value_clip_coef: float = 5.0
+    """clip range of a value's change within an iteration"""
+
+    # Constraint
+    cost_threshold: float = 0.0
+    """d, the cost up to which a response is safe"""
+    lambda_init: float = 1.0
+    """initial multiplier; 0 stays 0"""
+    lambda_lr: float = 0.1
+    """η_λ, step size of the multiplier; 0 keeps it fixed"""
+    lambda_max: float = 1.0
+    """upper bound of the multiplier"""
+
+    # Evaluation
+    eval_every: int = 50
+    """iterations between evaluations; 0 evaluates only before and after"""
+    eval_size: int = 256
+    """held-out prompts of an evaluation at most"""
+
+
+# ======================================================================================================================
+# The algorithm: pure functions. Batch tensors are [batch] or [batch, response], masks are 1 at response tokens
+# ======================================================================================================================
+def combine_advantages(
+    reward_advantages: torch.Tensor, cost_advantages: torch.Tensor, multiplier: torch.Tensor | float
+) -> torch.Tensor:
+    """The Lagrangian's advantage, [batch, response]; multiplier: λ, or one of each response, [batch, 1]."""
+    return (reward_advantages - multiplier * cost_advantages) / (1 + multiplier)
+
+
+def update_multiplier(multiplier: float, learning_rate: float, excess: float, maximum: float) -> float:
+    """Gradient ascent of λ · excess in log λ, up to a maximum (Safe RLHF's rule, arXiv 2310.12773)."""
+    return min(multiplier * math.exp(min(learning_rate * multiplier * excess, 50.0)), maximum)
+
+
+def token_signal(
+    terminal: torch.Tensor, log_ratio: torch.Tensor, response_mask: torch.Tensor, kl_weight: float
+) -> torch.Tensor:
+    """A score at the last token plus the KL penalty at every token, their sum clamped to ±50; [batch, response].
+
+    terminal: [batch]; log_ratio: log π_old - log π_ref of the response tokens, [batch, response].
+    kl_weight: -β for rewards, +β for costs.
+    """
+    last = response_mask.sum(1, keepdim=True) - 1
+    signal = (kl_weight * log_ratio).scatter_add(1, last, terminal[:, None])
+    return signal.clamp(-50, 50) * response_mask
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, response_mask: torch.Tensor, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimation with γ = 1 (arXiv 1506.02438). Returns advantages and returns.
+
+    All [batch, response]; values[:, t] is the estimate BEFORE token t, and the return after the last token is zero.
+    """
+    rewards, values = rewards * response_mask, values * response_mask
+    following = F.pad(values[:, 1:], (0, 1))
+    deltas = rewards + following - values
+    advantages = torch.zeros_like(values)
+    running = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        running = deltas[:, t] + gae_lambda * running
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+def policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip_coef: float
+) -> torch.Tensor:
+    """PPO's clipped surrogate (arXiv 1707.06347), as a loss of each token, [batch, response]."""
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
+
+
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float) -> torch.Tensor:
+    """Squared error of the values, clipped like the policy, as a loss of each token, [batch, response]."""
+    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+# ======================================================================================================================
+# Models at work: sampling, log-probabilities, values, scores
+# ======================================================================================================================
+class InverseSampler(LogitsProcessor):
+    """Draws token t of response b at the point uniforms[b, t] of its distribution function.
+
+    The uniform numbers are drawn beforehand for the whole global batch, so that a response depends on the seed, the
+    iteration and its place in that batch, never on how the batch is split over processes.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, prompt_length: int, temperature: float):
+        self.uniforms, self.prompt_length, self.temperature = uniforms, prompt_length, temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores: logits [batch, vocabulary]. Returns logits that leave only the drawn token possible."""
+        cumulative = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
+        step = input_ids.shape[1] - self.prompt_length
+        points = self.uniforms[:, step : step + 1].double() * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, points, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -math.inf).scatter(1, tokens, 0.0)
+
+
+@dataclass
+class Responses:
+    """Sampled responses of this rank; lengths are those of its longest prompt and longest response."""
+
+    sequences: torch.Tensor  # [batch, prompt + response], prompts padded on the left, responses on the right
+    attention_mask: torch.Tensor  # [batch, prompt + response], 1 at tokens of the prompt and of the response
+    response_mask: torch.Tensor  # [batch, response], 1 up to and including EOS
+    finished: torch.Tensor  # [batch], whether the response ends in EOS (else it ran into max_new_tokens)
+
+
+@torch.no_grad()
+def sample_responses(
+    policy, tokenizer, prompts: list[list[int]], uniforms: torch.Tensor, temperature: float, device
+) -> Responses:
+    """Sample a response to each prompt (token ids); uniforms: [batch, max_new_tokens]."""
+    prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_token_id, side="left")
+    length = prompt_ids.shape[1]
+    eos_ids = policy.generation_config.eos_token_id
+    eos_ids = {tokenizer.eos_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])} - {None}
+    # The checkpoint's own generation settings (penalties, beams) would fill whatever is left open here and bend the
+    # distribution, so they are set aside while sampling.
+    config = GenerationConfig(
+        max_new_tokens=uniforms.shape[1],
+        do_sample=False,  # the sampler below leaves one token to choose
+        eos_token_id=sorted(eos_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    own_config, policy.generation_config = policy.generation_config, config
+    with unsharded(policy):
+        sequences = policy.generate(
+            prompt_ids.to(device),
+            attention_mask=prompt_mask.to(device),
+            logits_processor=[InverseSampler(uniforms.to(device), length, temperature)],
+            synced_gpus=False,  # parameters are whole during decoding: ranks need not walk in step
+        )
+    policy.generation_config = own_config
+    ends = torch.isin(sequences[:, length:], torch.tensor(sorted(eos_ids), device=device)).long()
+    response_mask = (ends.cumsum(1) - ends == 0).long()  # no EOS before this token
+    attention_mask = torch.cat([prompt_mask.to(device), response_mask], dim=1)
+    return Responses(sequences, attention_mask, response_mask, ends.any(1))
+
+
+def response_logprobs(
+    policy, sequences: torch.Tensor, attention_mask: torch.Tensor, length: int, temperature: float
+) -> torch.Tensor:
+    """Log-probabilities of the last `length` tokens in the distribution they are sampled from, [batch, length]."""
+    logits = policy(
+        input_ids=sequences,
+        attention_mask=attention_mask,
+        position_ids=positions(attention_mask),
+        use_cache=False,
+        logits_to_keep=length + 1,
+    ).logits[:, :-1]
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    return logprobs.gather(2, sequences[:, -length:, None]).squeeze(2)
+
+
+def response_values(critic, sequences: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Values before each of the last `length` tokens, [batch, length]: each is read at the token that precedes it."""
+    return critic(sequences, attention_mask)[:, -length - 1 : -1]
+
+
+# ======================================================================================================================
+# Plumbing, the same in every script: errors, processes, data, models, files
+# ======================================================================================================================
+class UserError(Exception):
+    """Something the user can mend; its text, one line, says how."""
+
+
+def shut_down() -> None:
+    """Leave the process group; without the barrier gloo's threads can abort a process at its exit."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fail(message: str) -> NoReturn:
+    """End the run with one line on standard error and exit status 2. Every rank must call it; rank 0 speaks."""
+    if dist.get_rank() == 0:
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    shut_down()
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def agreed():
+    """Hold a step that a user's mistake may end on any rank: then all ranks stop together.
+
+    No collective operation may stand inside, since the rank that failed would leave the others waiting in it.
+    """
+    error = None
+    try:
+        yield
+    except UserError as exception:
+        error = str(exception)
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        fail(next(filter(None, errors)))
+
+
+def start_processes():
+    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh over all processes)."""
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def read_args(cls, check):
+    """Read the command line into the dataclass `cls`; a mistake that tyro or `check` finds is told in one line."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            args = tyro.cli(cls)
+    except SystemExit as stop:
+        if stop.code:
+            # tyro's box is a heading, a rule, what is wrong, another rule, and help that --help gives as well.
+            lines = [line.strip(" │╭╮╰╯─") for line in output.getvalue().splitlines()]
+            lines = [line for line in lines if line.strip("-")]
+            fail(" ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:])) or "unknown flags")
+        if dist.get_rank() == 0:
+            print(output.getvalue(), end="")
+        shut_down()
+        sys.exit(0)
+    with agreed():
+        check(args)
+    return args
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of the forward and backward passes; `auto` is bfloat16 where the hardware multiplies in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def random_generator(*key) -> torch.Generator:
+    """A random generator of its own for every use, keyed by the seed, the use and the iteration.
+
+    Nothing random depends on what was drawn before it or on the number of processes.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
+    """Check that a model or a data set is there: a path that exists is a path, anything else is a Hub id."""
+    if not name.strip():
+        raise UserError(f"{flag} is empty; give a path or an id of the Hub")
+    if os.path.exists(name):
+        return name
+    try:
+        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except Exception as exception:  # bad id, unknown id, no network, offline mode: the local cache may still have it
+        known = False
+        with contextlib.suppress(Exception):
+            cached = huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
+            known = any(Path(cached).iterdir())
+        if not known:
+            raise UserError(
+                f"{flag} {name}: there is no path {Path(name).absolute()}, and no {kind} '{name}' could be had from "
+                f"the Hub ({type(exception).__name__})"
+            ) from None
+    return name
+
+
+def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str, list]:
+    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
+    readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    path = Path(locate(name, "dataset", flag))
+    try:
+        suffix = path.suffix.lower()
+        if path.is_file() and suffix not in readers:
+            raise ValueError(f"a data file ends in one of {', '.join(readers)}")
+        if path.is_file():
+            rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
+        else:
+            rows = datasets.load_dataset(name, split=split)
+        values = {column: rows[column][:] for column in columns if column in rows.column_names}
+    except Exception as exception:
+        reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
+        raise UserError(
+            f"{flag} {name}: split '{split}' cannot be read: {reason or type(exception).__name__}"
+        ) from None
+    missing = [column for column in columns if column not in values]
+    if missing:
+        raise UserError(f"{flag} {name}: no column '{missing[0]}'; the columns are {', '.join(rows.column_names)}")
+    if len(rows) == 0:
+        raise UserError(f"{flag} {name}: split '{split}' has no rows")
+    return values
+
+
+def check_texts(texts: list, column: str, name: str, flag: str) -> None:
+    """Refuse rows without text: an empty prompt or response is a mistake in the data, not something to learn from."""
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{flag} {name}: row {row} has an empty '{column}'; take such rows out of the data")
+
+
+def load_tokenizer(name: str, trust_remote_code: bool):
+    """The tokenizer beside a model. One without a pad token pads with EOS: masks, not ids, tell what is padding."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as exception:
+        raise UserError(f"{name}: its tokenizer cannot be loaded: {exception}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no EOS token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists as one tensor. Returns (ids, mask), both [batch, longest]; mask is 1 at tokens, 0 at padding."""
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), value)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        place = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
+        ids[row, place] = torch.tensor(sequence)
+        mask[row, place] = 1
+    return ids, mask
+
+
+def encode_scored(
+    tokenizer, prompts: list[str], responses: list[str], template: str, max_length: int
+) -> list[list[int]]:
+    """Tokens of prompt, response and EOS as a score model reads them; a text over max_length tokens loses its end."""
+    texts = [
+        template.replace("{prompt}", prompt) + response for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    encoded = tokenizer(texts)["input_ids"] if texts else []
+    eos = tokenizer.eos_token_id
+    return [(ids if ids[-1:] == [eos] else [*ids, eos])[:max_length] for ids in encoded]
+
+
+class ScoreModel(nn.Module):
+    """A backbone with a linear head that gives every token a score; `model` is the library's class, which is saved."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Scores of all tokens in float32, [batch, length]; padding may stand on either side."""
+        hidden = self.model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        return self.model.score(hidden).float().sum(-1)  # over the one label; FSDP2 warns of a view
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of every token counted from the first that is not padding, [batch, length]."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def last_scores(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The score at the last token of each text, [batch], found by the mask: the pad id may be a real token's (EOS)."""
+    last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
+    return scores.gather(1, last[:, None]).squeeze(1)
+
+
+def text_scores(model: ScoreModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Score of each text, [batch]."""
+    return last_scores(model(input_ids, attention_mask), attention_mask)
+
+
+def load_pretrained(
+    cls, name: str, dtype: torch.dtype, flag: str, trust_remote_code: bool, fresh=(), left=(), **config
+):
+    """A model of the library's class `cls`, with every weight accounted for.
+
+    fresh: weights that the checkpoint may lack, left: weights of it that may stay behind. Any other is an error.
+    Only safetensors are read: a pickle could run code.
+    """
+    try:
+        model, info = cls.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
+            **config,
+        )
+    except Exception as exception:
+        raise UserError(f"{flag} {name} cannot be loaded: {exception}") from None
+    missing = sorted(set(info["missing_keys"]) - set(fresh))
+    unexpected = sorted(set(info["unexpected_keys"]) - set(left))
+    if missing or unexpected or info["mismatched_keys"]:
+        raise UserError(
+            f"{flag} {name} does not fit {cls.__name__}: weights missing {missing[:3]}, unexpected {unexpected[:3]}, "
+            f"of another shape {[key for key, *_ in info['mismatched_keys']][:3]}"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # a dropped unit would change log-probabilities between two readings
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def load_score_model(name: str, dtype: torch.dtype, flag: str, seed: int, trust_remote_code: bool, fresh_head=False):
+    """A one-label score model of the library's classes, as ScoreModel.
+
+    fresh_head: a language model may be given, too; its backbone gets a head drawn from `seed`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as exception:
+        raise UserError(f"{flag} {name} cannot be loaded: {exception}") from None
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        if config.num_labels != 1:
+            raise UserError(f"{flag} {name} has {config.num_labels} labels; a score model has one")
+        biased = architecture.endswith("ForTokenClassification")  # the class that keeps a bias of the head
+        cls = AutoModelForTokenClassification if biased else AutoModelForSequenceClassification
+        return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code))
+    if not fresh_head:
+        raise UserError(f"{flag} {name} is a {architecture or 'model'} without a score head; give a score model")
+    torch.manual_seed(seed)
+    cls, head, lm_head = AutoModelForSequenceClassification, {"score.weight"}, {"lm_head.weight"}
+    return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code, head, lm_head, num_labels=1))
+
+
+def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
+    """FSDP2: each transformer block is gathered when it computes, the rest with the root.
+
+    The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
+    """
+    blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+    for module in [module for module in model.modules() if type(module).__name__ in blocks]:
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    return fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+
+
+@contextlib.contextmanager
+def unsharded(model: nn.Module):
+    """Hold a sharded model's parameters whole on every rank: decoding would else all-gather them once a token."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    yield
+    for unit in units:
+        unit.reshard()
+        unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP2's own choice: the root stays
+
+
+def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
+    """Write safetensors, configuration and tokenizer: beside the folder first, so that no half-written one is met."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        if isinstance(model, ScoreModel):
+            model, state = model.model, {name.removeprefix("model."): value for name, value in state.items()}
+        beside = folder.with_name(folder.name + ".part")
+        shutil.rmtree(beside, ignore_errors=True)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(beside, state_dict=state)
+        tokenizer.save_pretrained(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    dist.barrier()
+
+
+def open_run(args) -> Path:
+    """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
+    name = [args.output_dir]
+    if name[0] is None:
+        name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    dist.broadcast_object_list(name)
+    folder = Path(name[0])
+    with agreed():
+        if dist.get_rank() == 0:
+            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part tensorboard stage1 stage2 merged"
+            held = [entry for entry in mine.split() if os.path.lexists(folder / entry)]
+            if held:
+                state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
+                raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")
+            if args.track and not importlib.util.find_spec("wandb"):
+                raise UserError("--track needs the wandb package: pip install wandb")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / "args.json", dataclasses.asdict(args))
+            except OSError as exception:
+                raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
+            if args.track:
+                import wandb
+
+                config = dataclasses.asdict(args)
+                wandb.init(project="safe-rlhf", name=folder.name, config=config, sync_tensorboard=True)
+    return folder
+
+
+def finite(value):
+    """The same value with null for each number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def append_json(path: Path, rows: list[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def log_metrics(folder: Path, writer: SummaryWriter, metrics: dict, step: int) -> None:
+    """One line of metrics.jsonl, and the same names as TensorBoard's scalars."""
+    append_json(folder / "metrics.jsonl", [metrics])
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+
+
+def my_share(count: int) -> list[int]:
+    """The indices below `count` that this rank handles. All ranks get equally many, as FSDP needs the same number of
+    passes from each: the last ones may repeat an index, which gather_rows drops."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return [(rank + world * i) % count for i in range(math.ceil(count / world))]
+
+
+def gather_rows(rows: dict[int, dict]) -> list[dict]:
+    """Rows by index from all ranks, in order, on rank 0; empty elsewhere."""
+    gathered = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(rows, gathered)
+    merged = {index: row for part in gathered or [] for index, row in part.items()}
+    return [merged[index] for index in sorted(merged)]
+
+
+def global_sum(*values: float, device: torch.device) -> list[float]:
+    """Sums of numbers over all ranks."""
+    total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def clip_gradients(model: nn.Module, max_grad_norm: float) -> float:
+    """Clip the gradients of a sharded model to a norm. Returns the norm before, not finite if any gradient is not."""
+    return nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
+
+
+# ======================================================================================================================
+# Training
+# ======================================================================================================================
+@dataclass
+class Scorer:
+    """A frozen score model with its own tokenizer and prompt template."""
+
+    model: ScoreModel
+    tokenizer: object
+    template: str
+    shares_tokens: bool  # whether it reads the policy's token ids as they are
+
+
+def in_micro_batches(function, model, inputs: tuple[torch.Tensor, torch.Tensor], size: int, *settings) -> torch.Tensor:
+    """function(model, ids, mask, *settings) on `size` rows of inputs = (ids, mask) at a time; results joined."""
+    ids, mask = inputs
+    parts = zip(ids.split(size), mask.split(size), strict=True)
+    return torch.cat([function(model, *rows, *settings) for rows in parts])
+
+
+def backward(loss: torch.Tensor, response_mask: torch.Tensor, tokens: float) -> torch.Tensor:
+    """Add the gradient of a loss that is a mean over the `tokens` response tokens of the global batch.
+
+    loss, response_mask: [rows, response], this rank's part of it. FSDP averages gradients over the ranks, so that a sum
+    over ranks needs their number as a factor. Returns the part of the mean that these rows make.
+    """
+    part = (loss * response_mask).sum() / tokens
+    (part * dist.get_world_size()).backward()
+    return part.detach()
+
+
+def prompt_indices(seed: int, iteration: int, batch: int, responses_per_prompt: int, prompts: int) -> list[int]:
+    """Which prompts the global batch of an iteration holds: a new order every epoch, K times each; [batch]."""
+    distinct = batch // responses_per_prompt
+    first = (iteration - 1) * distinct
+    orders = {
+        epoch: torch.randperm(prompts, generator=random_generator(seed, "prompts", epoch)).tolist()
+        for epoch in range(first // prompts, (first + distinct - 1) // prompts + 1)
+    }
+    indices = [orders[i // prompts][i % prompts] for i in range(first, first + distinct)]
+    return [i for i in indices for _ in range(responses_per_prompt)]
+
+
+def decode(tokenizer, responses: Responses) -> list[str]:
+    """The responses as text, without special tokens."""
+    length = responses.response_mask.shape[1]
+    ids = responses.sequences[:, -length:].tolist()
+    kept = responses.response_mask.sum(1).tolist()
+    return tokenizer.batch_decode([row[:n] for row, n in zip(ids, kept, strict=True)], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def score_responses(
+    scorer: Scorer, responses: Responses, prompts: list[str], texts: list[str], micro_batch_size: int
+) -> torch.Tensor:
+    """Scores of the responses, [batch]; prompts and texts are decoded, for a score model with another tokenizer."""
+    ids, mask = responses.sequences, responses.attention_mask
+    if not scorer.shares_tokens:
+        longest = getattr(scorer.model.model.config, "max_position_embeddings", sys.maxsize)
+        encoded = encode_scored(scorer.tokenizer, prompts, texts, scorer.template, sys.maxsize)
+        finished = responses.finished.tolist()
+        encoded = [tokens if ends else tokens[:-1] for tokens, ends in zip(encoded, finished, strict=True)]
+        encoded = [tokens[:longest] for tokens in encoded]
+        ids, mask = (tensor.to(ids.device) for tensor in pad(encoded, scorer.tokenizer.pad_token_id, side="right"))
+    return in_micro_batches(text_scores, scorer.model, (ids, mask), micro_batch_size)
+
+
+def check_args(args: Args) -> None:
+    above_zero = (
+        "max_prompt_length total_episodes batch_size micro_batch_size responses_per_prompt max_new_tokens temperature "
+        "update_epochs learning_rate critic_learning_rate max_grad_norm clip_coef value_clip_coef eval_size"
+    )
+    zero_or_more = "warmup_ratio weight_decay kl_coef gae_lambda lambda_init lambda_lr lambda_max eval_every"
+    for name in above_zero.split() + zero_or_more.split():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if not (0 < value < math.inf if name in above_zero.split() else 0 <= value < math.inf):
+            raise UserError(f"{flag} is {value}; it must be {'above 0' if name in above_zero.split() else '0 or more'}")
+    if not math.isfinite(args.cost_threshold):
+        raise UserError(f"--cost-threshold is {args.cost_threshold}; it must be a number")
+    for name in ("gae_lambda", "warmup_ratio"):
+        if getattr(args, name) > 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at most 1")
+    if args.lambda_init > args.lambda_max:
+        raise UserError(f"--lambda-init {args.lambda_init} is above --lambda-max {args.lambda_max}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed is {args.seed}; it must be from 0 to 2**63 - 1")
+    world, k = dist.get_world_size(), args.responses_per_prompt
+    if args.batch_size % (world * k):
+        raise UserError(
+            f"--batch-size {args.batch_size} does not divide among {world} processes with {k} responses a prompt; "
+            f"give a multiple of {world * k}"
+        )
+    if args.total_episodes < args.batch_size:
+        raise UserError(f"--total-episodes {args.total_episodes} is less than --batch-size {args.batch_size}")
+    for flag, template in (
+        ("--prompt-template", args.prompt_template),
+        ("--score-prompt-template", args.score_prompt_template or "{prompt}"),
+    ):
+        if "{prompt}" not in template:
+            raise UserError(f"{flag} '{template}' has no {{prompt}} in it")
+
+
+def load_prompts(args: Args, name: str, split: str, flag: str, tokenizer) -> list[tuple[str, list[int]]]:
+    """Distinct prompts as (text, token ids in the template); those over --max-prompt-length are dropped and counted."""
+    texts = load_rows(name, split, [args.prompt_column], flag)[args.prompt_column]
+    check_texts(texts, args.prompt_column, name, flag)
+    texts = list(dict.fromkeys(texts))
+    encoded = tokenizer([args.prompt_template.replace("{prompt}", text) for text in texts])["input_ids"]
+    # Some tokenizers end every text in EOS; a prompt that has ended would leave nothing to answer.
+    encoded = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
+    if [] in encoded:
+        raise UserError(
+            f"{flag} {name}: the prompt {texts[encoded.index([])]!r} has no tokens; take it out of the data"
+        )
+    prompts = [(text, ids) for text, ids in zip(texts, encoded, strict=True) if len(ids) <= args.max_prompt_length]
+    dropped = len(texts) - len(prompts)
+    if dropped and dist.get_rank() == 0:
+        print(f"{flag}: dropped {dropped} of {len(texts)} prompts, over --max-prompt-length {args.max_prompt_length}")
+    if not prompts:
+        raise UserError(f"{flag} {name}: all prompts are over --max-prompt-length {args.max_prompt_length}")
+    return prompts
+
+
+def load_scorer(args: Args, name: str, flag: str, tokenizer, dtype: torch.dtype) -> Scorer:
+    """A score model, frozen; reads the policy's tokens as they are where vocabulary and template agree."""
+    scorer_tokenizer = load_tokenizer(name, args.trust_remote_code)
+    template = args.score_prompt_template or args.prompt_template
+    shares_tokens = same_tokens(tokenizer, scorer_tokenizer) and template == args.prompt_template
+    model = load_score_model(name, dtype, flag, args.seed, args.trust_remote_code)
+    return Scorer(model.requires_grad_(False), scorer_tokenizer, template, shares_tokens)
+
+
+def load_critic(args: Args, name: str | None, scorer_name: str, flag: str, tokenizer) -> ScoreModel:
+    """A critic starts from `name`; by default from its score model, or the policy's backbone if tokens disagree."""
+    if name is None:
+        agree = same_tokens(tokenizer, load_tokenizer(scorer_name, args.trust_remote_code))
+        name = scorer_name if agree else args.model
+    elif not same_tokens(tokenizer, load_tokenizer(name, args.trust_remote_code)):
+        raise UserError(f"{flag} {name} has another tokenizer than --model; a critic reads the policy's tokens")
+    return load_score_model(name, torch.float32, flag, args.seed, args.trust_remote_code, fresh_head=True)
+
+
+def same_tokens(one, other) -> bool:
+    """Whether two tokenizers give every text the same ids."""
+    probe = "How do I clean the kettle? Use 2 lemons."
+    same_vocabulary = one.get_vocab() == other.get_vocab() and one.eos_token_id == other.eos_token_id
+    return same_vocabulary and one(probe)["input_ids"] == other(probe)["input_ids"]
+
+
+def summarize(rows: list[dict], threshold: float) -> dict:
+    """Mean reward, mean cost, share of safe responses, mean {C - d}^+ and mean length in tokens."""
+    count = len(rows)
+    return {
+        "reward": sum(row["reward"] for row in rows) / count,
+        "cost": sum(row["cost"] for row in rows) / count,
+        "safety_compliance": sum(row["cost"] <= threshold for row in rows) / count,
+        "violation": sum(max(row["cost"] - threshold, 0.0) for row in rows) / count,
+        "response_length": sum(row["length"] for row in rows) / count,
+    }
+
+
+def main(device: torch.device, mesh) -> None:
+    args = read_args(Args, check_args)
+    start_time = time.time()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dtype = compute_dtype(args.dtype, device)
+
+    # ---- Prompts and models: everything a mistake may hide in comes before the output directory is made
+    with agreed():
+        named = [("--model", args.model), ("--reward-model", args.reward_model), ("--cost-model", args.cost_model)]
+        named += [("--reward-critic", args.reward_critic), ("--cost-critic", args.cost_critic)]
+        for flag, name in named:
+            if name is not None:
+                locate(name, "model", flag)
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        prompts = load_prompts(args, args.dataset, args.dataset_split, "--dataset", tokenizer)
+        eval_prompts = load_prompts(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer)
+        eval_prompts = eval_prompts[: args.eval_size]
+        policy = load_pretrained(AutoModelForCausalLM, args.model, torch.float32, "--model", args.trust_remote_code)
+        ref_policy = load_pretrained(AutoModelForCausalLM, args.model, dtype, "--model", args.trust_remote_code)
+        reward_scorer = load_scorer(args, args.reward_model, "--reward-model", tokenizer, dtype)
+        cost_scorer = load_scorer(args, args.cost_model, "--cost-model", tokenizer, dtype)
+        reward_critic = load_critic(args, args.reward_critic, args.reward_model, "--reward-critic", tokenizer)
+        cost_critic = load_critic(args, args.cost_critic, args.cost_model, "--cost-critic", tokenizer)
+        longest = max(len(ids) for _, ids in prompts + eval_prompts) + args.max_new_tokens
+        readers = [("--model", policy), ("--reward-critic", reward_critic.model), ("--cost-critic", cost_critic.model)]
+        readers += [
+            (flag, scorer.model.model)
+            for flag, scorer in (("--reward-model", reward_scorer), ("--cost-model", cost_scorer))
+            if scorer.shares_tokens
+        ]
+        for flag, model in readers:
+            limit = getattr(model.config, "max_position_embeddings", None) or longest
+            if longest > limit:
+                raise UserError(
+                    f"the longest prompt and --max-new-tokens {args.max_new_tokens} make {longest} tokens; {flag} "
+                    f"reads {limit}: lower --max-new-tokens or --max-prompt-length"
+                )
+    folder = open_run(args)
+    ref_policy.requires_grad_(False)
+    for model in (ref_policy, reward_scorer.model, cost_scorer.model):
+        shard(model.eval(), mesh, dtype, args.cpu_offload)
+    trained = (policy, reward_critic, cost_critic)
+    for model in trained:
+        shard(model.eval(), mesh, dtype)
+    if args.gradient_checkpointing:
+        for model in (policy, reward_critic.model, cost_critic.model):
+            model.gradient_checkpointing_enable()
+
+    # ---- Optimizers
+    iterations = args.total_episodes // args.batch_size
+    local_batch, size = args.batch_size // world, args.micro_batch_size
+    local_rows = slice(rank * local_batch, (rank + 1) * local_batch)  # this rank's part of a global batch
+    adam = dict(betas=(0.9, 0.95), fused=True)
+    policy_optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, **adam
+    )
+    optimizers = [policy_optimizer] + [
+        torch.optim.AdamW(critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, **adam)
+        for critic in (reward_critic, cost_critic)
+    ]
+    schedule = get_cosine_schedule_with_warmup(policy_optimizer, math.ceil(args.warmup_ratio * iterations), iterations)
+    multiplier = args.lambda_init
+    writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
+
+    def evaluate(iteration: int) -> list[dict]:
+        """Answer the held-out prompts, always with the same random numbers. Rows, whole on rank 0 only."""
+        uniforms = torch.rand(len(eval_prompts), args.max_new_tokens, generator=random_generator(args.seed, "evaluate"))
+        rows = {}
+        mine = my_share(len(eval_prompts))
+        for chosen in [mine[i : i + local_batch] for i in range(0, len(mine), local_batch)]:
+            texts, ids = zip(*(eval_prompts[i] for i in chosen), strict=True)
+            responses = sample_responses(policy, tokenizer, ids, uniforms[chosen], args.temperature, device)
+            decoded = decode(tokenizer, responses)
+            rewards, costs = (
+                score_responses(scorer, responses, texts, decoded, args.micro_batch_size).tolist()
+                for scorer in (reward_scorer, cost_scorer)
+            )
+            lengths = responses.response_mask.sum(1).tolist()
+            for j, i in enumerate(chosen):
+                rows[i] = {"iteration": iteration, "prompt": texts[j], "response": decoded[j]}
+                rows[i] |= {"reward": rewards[j], "cost": costs[j], "length": lengths[j]}
+        rows = gather_rows(rows)
+        if rank == 0:
+            append_json(folder / "eval.jsonl", rows)
+        return rows
+
+    before = evaluate(0)
+
+    # ---- Training
+    skipped = skipped_in_a_row = 0
+    bar = tqdm(range(1, iterations + 1), desc=args.exp_name, disable=rank != 0)
+    for iteration in bar:
+        # 1. The prompts of this iteration, K times each; uniform numbers for the whole global batch
+        clock = [time.time()]
+        indices = prompt_indices(args.seed, iteration, args.batch_size, args.responses_per_prompt, len(prompts))
+        batch_prompts = [prompts[i] for i in indices[local_rows]]
+        prompt_texts, prompt_ids = zip(*batch_prompts, strict=True)
+        generator = random_generator(args.seed, "rollout", iteration)
+        uniforms = torch.rand(args.batch_size, args.max_new_tokens, generator=generator)[local_rows]
+
+        # 2. Rollout
+        responses = sample_responses(policy, tokenizer, prompt_ids, uniforms, args.temperature, device)
+        response_mask = responses.response_mask  # [batch, response]
+        length = response_mask.shape[1]
+        inputs = (responses.sequences, responses.attention_mask)
+        clock.append(time.time())
+
+        # 3. Scores, log-probabilities and values
+        texts = decode(tokenizer, responses)
+        rewards = score_responses(reward_scorer, responses, prompt_texts, texts, size)  # [batch]
+        costs = score_responses(cost_scorer, responses, prompt_texts, texts, size)  # [batch]
+        with torch.no_grad():  # each [batch, response]
+            old_logprobs = in_micro_batches(response_logprobs, policy, inputs, size, length, args.temperature)
+            ref_logprobs = in_micro_batches(response_logprobs, ref_policy, inputs, size, length, args.temperature)
+            old_reward_values = in_micro_batches(response_values, reward_critic, inputs, size, length)
+            old_cost_values = in_micro_batches(response_values, cost_critic, inputs, size, length)
+        log_ratio = old_logprobs - ref_logprobs  # k_t of the KL penalty
+        clock.append(time.time())
+
+        # 4. The constraint; rewards and costs of tokens; advantages
+        terminal_costs = excess = costs - args.cost_threshold  # C(x, y) - d, and below d it is negative
+        token_rewards = token_signal(rewards, log_ratio, response_mask, -args.kl_coef)
+        token_costs = token_signal(terminal_costs, log_ratio, response_mask, args.kl_coef)
+        reward_advantages, reward_returns = gae(token_rewards, old_reward_values, response_mask, args.gae_lambda)
+        cost_advantages, cost_returns = gae(token_costs, old_cost_values, response_mask, args.gae_lambda)
+
+        # 5. The multiplier, by the constraint over all ranks, before the policy moves
+        figures = (rewards, costs, log_ratio, old_reward_values, old_cost_values)
+        broken = sum((~figure.isfinite()).sum().item() for figure in figures)
+        excess_sum, excess_count, tokens, broken = global_sum(
+            excess.sum(), excess.numel(), response_mask.sum(), broken, device=device
+        )
+        if not broken:
+            multiplier = update_multiplier(multiplier, args.lambda_lr, excess_sum / excess_count, args.lambda_max)
+        advantages = combine_advantages(reward_advantages, cost_advantages, multiplier)
+
+        # 6. One step of the policy and of both critics an epoch, each over the whole batch
+        losses = torch.zeros(3, device=device)  # policy, reward critic, cost critic
+        grad_norms, clipped = [math.nan] * 3, 0.0
+        for model in trained:  # there is no dropout: train mode only switches gradient checkpointing on
+            model.train()
+        for _ in range(0 if broken else args.update_epochs):
+            for rows in torch.arange(local_batch, device=device).split(size):
+                ids, mask, used = inputs[0][rows], inputs[1][rows], response_mask[rows]
+                logprobs = response_logprobs(policy, ids, mask, length, args.temperature)
+                loss = policy_loss(logprobs, old_logprobs[rows], advantages[rows], args.clip_coef)
+                losses[0] += backward(loss, used, tokens)
+                clipped += (((logprobs - old_logprobs[rows]).exp() - 1).abs() > args.clip_coef)[used > 0].sum().item()
+
+                values = response_values(reward_critic, ids, mask, length)
+                loss = value_loss(values, old_reward_values[rows], reward_returns[rows], args.value_clip_coef)
+                losses[1] += backward(loss, used, tokens)
+
+                values = response_values(cost_critic, ids, mask, length)
+                loss = value_loss(values, old_cost_values[rows], cost_returns[rows], args.value_clip_coef)
+                losses[2] += backward(loss, used, tokens)
+            grad_norms = [clip_gradients(model, args.max_grad_norm) for model in trained]
+            broken = broken or not all(map(math.isfinite, grad_norms))
+            for optimizer in optimizers:
+                if not broken:
+                    optimizer.step()
+                optimizer.zero_grad()
+        learning_rate = schedule.get_last_lr()[0]
+        schedule.step()
+        for model in trained:
+            model.eval()
+        clock.append(time.time())
+
+        # 7. An update with figures that are not finite is left out; five in a row end the run
+        skipped_in_a_row = skipped_in_a_row + 1 if broken else 0
+        skipped += bool(broken)
+        if broken and rank == 0:
+            tqdm.write(f"iteration {iteration}: scores or gradients are not finite, update skipped", file=sys.stderr)
+        if skipped_in_a_row == 5:
+            bar.close()
+            save_model(policy, tokenizer, folder / "model")
+            fail(
+                f"5 updates in a row had scores or gradients that are not finite (iteration {iteration}); the policy "
+                f"before them is in {folder / 'model'}; look at the score models, or lower --learning-rate"
+            )
+
+        # 8. Log
+        reward_sum, cost_sum, safe, violation, kl, finished, clipped, *losses = global_sum(
+            rewards.sum(),
+            costs.sum(),
+            (costs <= args.cost_threshold).sum(),
+            F.relu(costs - args.cost_threshold).sum(),
+            (log_ratio * response_mask).sum(),
+            responses.finished.sum(),
+            clipped,
+            *losses,
+            device=device,
+        )
+        metrics = {
+            "iteration": iteration,
+            "episodes": iteration * args.batch_size,
+            "reward": reward_sum / args.batch_size,
+            "cost": cost_sum / args.batch_size,
+            "safety_compliance": safe / args.batch_size,
+            "violation": violation / args.batch_size,
+            "excess": excess_sum / excess_count,
+            "lambda": multiplier,
+            "kl": kl / args.batch_size,
+            "response_length": tokens / args.batch_size,
+            "finished": finished / args.batch_size,
+            "policy_loss": losses[0] / args.update_epochs,
+            "reward_value_loss": losses[1] / args.update_epochs,
+            "cost_value_loss": losses[2] / args.update_epochs,
+            "clip_fraction": clipped / args.update_epochs / tokens,
+            "policy_grad_norm": grad_norms[0],
+            "reward_critic_grad_norm": grad_norms[1],
+            "cost_critic_grad_norm": grad_norms[2],
+            "learning_rate": learning_rate,
+            "skipped_updates": skipped,
+            "seconds_rollout": clock[1] - clock[0],
+            "seconds_scoring": clock[2] - clock[1],
+            "seconds_update": clock[3] - clock[2],
+        }
+        if rank == 0:
+            log_metrics(folder, writer, metrics, iteration)
+            bar.set_postfix_str(
+                f"reward {metrics['reward']:.2f}, cost {metrics['cost']:.2f}, "
+                f"compliance {metrics['safety_compliance']:.1%}, λ {multiplier:.2f}"
+            )
+        if args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
+            evaluate(iteration)
+    bar.close()
+
+    # ---- After
+    after = evaluate(iterations)
+    save_model(policy, tokenizer, folder / "model")
+    if rank == 0:
+        writer.close()
+        seconds = time.time() - start_time
+        summary = {
+            "algorithm": Args.exp_name,  # the default, whatever this run is called
+            "seed": args.seed,
+            "dtype": str(dtype).removeprefix("torch."),
+            "processes": world,
+            "episodes": iterations * args.batch_size,
+            "episodes_per_second": iterations * args.batch_size / seconds,
+            "wall_seconds": seconds,
+            "lambda": multiplier,
+            "skipped_updates": skipped,
+            "before": summarize(before, args.cost_threshold),
+            "after": summarize(after, args.cost_threshold),
+        }
+        write_json(folder / "summary.json", summary)
+        print_results(summary, before, after)
+        print(f"\n{seconds:.0f} s; written to {folder}")
+
+
+def print_results(summary: dict, before: list[dict], after: list[dict]) -> None:
+    """The table of before and after, and three prompts with both answers."""
+    names = dict(
+        reward="reward", cost="cost", safety_compliance="safety compliance", violation="violation {C-d}^+",
+        response_length="response length",
+    )  # fmt: skip
+    print(f"\n{f'{len(before)} held-out prompts':<22}{'before':>10}{'after':>10}")
+    for key, name in names.items():
+        form = "{:>10.1%}" if key == "safety_compliance" else "{:>10.2f}"
+        print(f"{name:<22}{form.format(summary['before'][key])}{form.format(summary['after'][key])}")
+    for i in sorted({0, len(before) // 3, 2 * len(before) // 3}):
+        print(f"\n{before[i]['prompt']}")
+        for name, row in (("before", before[i]), ("after", after[i])):
+            print(f"  {name:<6} (reward {row['reward']:+.1f}, cost {row['cost']:+.1f})  {row['response']}")
+
+
+if __name__ == "__main__":
+    main(*start_processes())
+    shut_down()
