@@ -38,9 +38,28 @@ SETTINGS = {
         "100 iterations of 128": "--batch-size 128",
     },
     "ppo_lagrange": {
-        f"λ_init {init}, η_λ {rate}": f"--dtype float32 --lambda-init {init} --lambda-lr {rate}"
-        for init in (1.0, 0.5)
-        for rate in (0.015, 0.05, 0.15)
+        f"λ_init {init}, η_λ {rate}, λ_max {top}, β {beta}": "--dtype float32 "
+        f"--lambda-init {init} --lambda-lr {rate} --lambda-max {top} --kl-coef {beta}"
+        for init, rate, top, beta in (
+            (1, 0.1, 1, 0.05),
+            (1, 0.3, 1, 0.05),
+            (1, 1, 1, 0.05),
+            (1, 0.15, 2, 0.05),
+            (1, 0.3, 2, 0.05),
+            (1, 0.015, 20, 0.05),
+            (1, 0.05, 20, 0.05),
+            (1, 0.15, 20, 0.05),
+            (1, 0.05, 1, 0.1),
+            (1, 0.1, 1, 0.1),
+            (1, 0.3, 1, 0.1),
+            (1, 0.15, 2, 0.1),
+            (1, 0.1, 1, 0.2),
+            (1, 0.2, 1, 0.2),
+            (1, 0.05, 2, 0.2),
+            (0.5, 0.015, 20, 0.05),
+            (0.5, 0.05, 20, 0.05),
+            (0.5, 0.15, 20, 0.05),
+        )
     },
 }
 
@@ -73,6 +92,13 @@ def run(script: str, folder: Path, seed: int, flags: str) -> None:
         raise RuntimeError(done.stderr[-2000:])
 
 
+def cell(values: list[float], digits: int) -> str:
+    """Mean and 95% interval over seeds; fewer than three are shown one by one."""
+    if len(values) < 3:
+        return " and ".join(f"{value:.{digits}f}" for value in values)
+    return measure.interval(values, digits)
+
+
 def main(args: Args) -> None:
     settings = {name: SETTINGS[args.algorithm][name] for name in args.settings or SETTINGS[args.algorithm]}
     folder = args.output_dir / args.algorithm
@@ -87,24 +113,27 @@ def main(args: Args) -> None:
         ]
         for job in jobs:
             job.result()
-    columns = ["setting", "safety compliance", "worst seed", "reward", "cost", "share of the way"]
-    columns += ["learned compliance", "λ at the end"]
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    columns = {
+        "repo": ["safety compliance", "worst seed", "reward", "share of the way", "learned compliance", "λ at the end"],
+        "ppo_lagrange": ["safety compliance", "reward", "cost", "learned cost", "λ at the end"],
+    }[args.algorithm]
+    print(f"| {' | '.join(['setting', *columns])} |\n|{' --- |' * (1 + len(columns))}")
     for name in settings:
         results = [measure.measure_run(folder)["all"] for folder in folders[name]]
         summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders[name]]
-        after = {key: [result["after"][key] for result in results] for key in ("compliance", "reward", "cost")}
-        cells = [
-            name,
-            measure.interval([100 * value for value in after["compliance"]], 1) + " %",
-            f"{100 * min(after['compliance']):.1f} %",
-            measure.interval(after["reward"], 2),
-            measure.interval(after["cost"], 2),
-            measure.interval([100 * result["share_of_way"] for result in results], 1) + " %",
-            measure.interval([100 * summary["after"]["safety_compliance"] for summary in summaries], 1) + " %",
-            measure.interval([summary["lambda"] for summary in summaries], 1),
-        ]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        compliance = [100 * result["after"]["compliance"] for result in results]
+        cells = {
+            "safety compliance": cell(compliance, 1) + " %",
+            "worst seed": f"{min(compliance):.1f} %",
+            "reward": cell([result["after"]["reward"] for result in results], 2),
+            "cost": cell([result["after"]["cost"] for result in results], 2),
+            "share of the way": cell([100 * result["share_of_way"] for result in results], 1) + " %",
+            "learned cost": cell([summary["after"]["cost"] for summary in summaries], 2),
+            "learned compliance": cell([100 * summary["after"]["safety_compliance"] for summary in summaries], 1)
+            + " %",
+            "λ at the end": cell([summary["lambda"] for summary in summaries], 1),
+        }
+        print(f"| {' | '.join([name, *(cells[column] for column in columns)])} |", flush=True)
 
 
 if __name__ == "__main__":
