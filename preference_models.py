@@ -435,7 +435,7 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """Write safetensors, configuration and tokenizer: beside the folder first, so that no half-written one is met."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        if isinstance(model, ScoreModel):
+        if not hasattr(model, "save_pretrained"):  # a ScoreModel, around the library's class
             model, state = model.model, {name.removeprefix("model."): value for name, value in state.items()}
         beside = folder.with_name(folder.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)

@@ -67,7 +67,7 @@ def test_the_diff_of_repo_and_ppo_lagrange_is_short():
 OWN_DEFAULTS = {
     "exp_name": "the name of the method",
     "lambda_lr": "tuned for each method: this λ moves both ways and has to follow the mean cost down, too",
-    "lambda_max": "tuned for each method: in reach here, where an overshoot would hold for long; only a fuse in repo.py",
+    "lambda_max": "tuned for each method: in reach here, where an overshoot holds for long; a fuse in repo.py",
 }
 
 

@@ -1,0 +1,531 @@
+"""The experiment of docs/experiments.md: every method and every ablation on the toy world, against its exact optima.
+
+    python benchmark/toy.py                        # the methods, seeds 1 to 5: about an hour on 2 cores
+    python benchmark/toy.py --part ablations       # the ablations, seeds 1 to 3: about an hour and a half
+    python benchmark/toy.py --part report          # only tables and figures, from the runs that are there
+
+A run that is finished is not run again, so a stopped command goes on where it was. Needs tests/requirements.txt.
+"""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from scipy.optimize import linprog
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+import measure  # noqa: E402
+import world  # noqa: E402
+
+import repo  # noqa: E402
+from evaluate import COLORS  # noqa: E402
+
+
+class Setting(NamedTuple):
+    """A run: the script, its flags, and the share of labels that are flipped before its cost model is trained."""
+
+    script: str
+    flags: str = ""
+    noise: float = 0.0
+
+
+RUNS = {
+    "ppo": Setting("ppo_lagrange", "--lambda-init 0"),
+    "reward-shaping": Setting("ppo_lagrange", "--lambda-init 0.75 --lambda-lr 0 --lambda-max 20"),
+    "ppo-lagrange": Setting("ppo_lagrange"),
+    "repo": Setting("repo"),
+    "repo-advantage": Setting("repo", "--rectify advantage"),
+    "sacpo-dpo": Setting("sacpo", "--loss dpo --merge-q 0.25 0.5 0.75"),
+    "sacpo-kto": Setting("sacpo", "--loss kto"),
+}
+RUNS |= {f"repo-k{k}": Setting("repo", f"--responses-per-prompt {k}") for k in (2, 4, 8)}
+RUNS["repo-prompt"] = Setting("repo", "--constraint prompt --responses-per-prompt 4")
+RUNS |= {f"repo-d{d:+}": Setting("repo", f"--cost-threshold {d}") for d in (-2.5, -1.0, -0.5, 0.5, 1.0, 2.0)}
+RUNS |= {f"repo-fixed-{penalty}": Setting("repo", f"--lambda-init {penalty} --lambda-lr 0") for penalty in (1, 2, 4, 8)}
+RUNS |= {
+    f"reward-shaping-{nu}": Setting("ppo_lagrange", f"--lambda-init {nu} --lambda-lr 0 --lambda-max 20")
+    for nu in (0.25, 0.5, 1, 2)
+}
+RUNS |= {f"repo-noise-{noise}": Setting("repo", noise=noise / 100) for noise in (10, 20, 30)}
+
+METHODS = {  # name: title, run, where the model lies in it
+    "sft": ("SFT", None, ROOT / "toy" / "policy"),
+    "ppo": ("PPO (λ = 0)", "ppo", "model"),
+    "reward-shaping": ("Reward Shaping, ν = 0.75", "reward-shaping", "model"),
+    "ppo-lagrange": ("PPO-Lagrange", "ppo-lagrange", "model"),
+    "repo": ("**RePO**", "repo", "model"),
+    "repo-advantage": ("RePO, `--rectify advantage`", "repo-advantage", "model"),
+    "sacpo-dpo": ("SACPO, DPO", "sacpo-dpo", "stage2"),
+    "sacpo-kto": ("SACPO, KTO", "sacpo-kto", "stage2"),
+    "p-sacpo-0.25": ("P-SACPO, q = 0.25", "sacpo-dpo", "merged/q0.25"),
+    "p-sacpo-0.5": ("P-SACPO, q = 0.5", "sacpo-dpo", "merged/q0.5"),
+    "p-sacpo-0.75": ("P-SACPO, q = 0.75", "sacpo-dpo", "merged/q0.75"),
+}
+SHOWN = [name for name in METHODS if name not in ("p-sacpo-0.25", "p-sacpo-0.75")]  # in the figure
+
+ABLATIONS = {  # name: title of the figure's axis, then label: run
+    "constraint": (
+        "constraint",
+        {"average": "ppo-lagrange", "per prompt, K = 4": "repo-prompt", "per response, K = 4": "repo-k4",
+         "per response, K = 1": "repo"},
+    ),
+    "estimator": ("--rectify", {"cost": "repo", "advantage": "repo-advantage"}),
+    "responses": ("K, responses a prompt", {"1": "repo", "2": "repo-k2", "4": "repo-k4", "8": "repo-k8"}),
+    "strictness": (
+        "d, --cost-threshold",
+        {"-2.5": "repo-d-2.5", "-1": "repo-d-1.0", "-0.5": "repo-d-0.5", "0": "repo", "0.5": "repo-d+0.5",
+         "1": "repo-d+1.0", "2": "repo-d+2.0"},
+    ),
+    "multiplier": (
+        "λ of the rectified penalty",
+        {"1": "repo-fixed-1", "2": "repo-fixed-2", "4": "repo-fixed-4", "8": "repo-fixed-8", "learned": "repo"},
+    ),
+    "shaping": (
+        "ν of Reward Shaping",
+        {"0": "ppo", "0.25": "reward-shaping-0.25", "0.5": "reward-shaping-0.5", "0.75": "reward-shaping",
+         "1": "reward-shaping-1", "2": "reward-shaping-2"},
+    ),
+    "noise": (
+        "flipped labels of the cost model",
+        {"0 %": "repo", "10 %": "repo-noise-10", "20 %": "repo-noise-20", "30 %": "repo-noise-30"},
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    part: Literal["experiment", "ablations", "report"] = "experiment"
+    """what to run; each ends with the report"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """seeds of the experiment"""
+    ablation_seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of the ablations"""
+    runs: Path = ROOT / "runs" / "toy"
+    """where the runs go"""
+    docs: Path = ROOT / "docs"
+    """where experiments.md and figures/ are"""
+    parallel: int = 2
+    """runs at a time, each with one thread"""
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def call(script: str, *words) -> None:
+    """Run a script of the project with one thread; what it printed is shown if it fails."""
+    command = [sys.executable, ROOT / f"{script}.py", *words]
+    done = subprocess.run(
+        list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{script}.py {' '.join(map(str, words))}\n{done.stderr[-2000:]}")
+
+
+def train(script: str, folder: Path, *words) -> None:
+    """A training run, unless it is finished. float32, so that every CPU computes the same."""
+    if not (folder / "summary.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        call(script, "--output-dir", folder, "--dtype", "float32", *words)
+
+
+def noisy_cost_model(folder: Path, noise: float, seed: int) -> Path:
+    """A cost model trained on pairs of which a share had its labels flipped: the safety of each response by itself,
+    and which of the two is safer."""
+    import datasets
+
+    train_file = ROOT / "toy" / "data" / "train.parquet"
+    if not (folder / "summary.json").exists():
+        datasets.disable_progress_bars()
+        generator = np.random.default_rng([seed, round(100 * noise)])
+        rows = datasets.load_dataset("parquet", data_files=str(train_file), split="train")
+        for column in ("is_response_0_safe", "is_response_1_safe", "safer_response_id"):
+            flipped = generator.random(len(rows)) < noise
+            values = [type(v)(not v) if f else v for v, f in zip(rows[column], flipped, strict=True)]
+            rows = rows.remove_columns(column).add_column(column, values)
+        data = folder.with_name(folder.name + ".parquet")
+        data.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(data)
+        train("preference_models", folder, "--kind", "cost", "--dataset", data, "--seed", seed)
+    return folder / "model"
+
+
+def run(runs: Path, name: str, seed: int) -> None:
+    setting, folder = RUNS[name], runs / f"{name}-{seed}"
+    words = [] if setting.script == "sacpo" else ["--eval-every", 10]
+    if setting.noise and not (folder / "summary.json").exists():
+        words += ["--cost-model", noisy_cost_model(runs / f"cost-model-{name}-{seed}", setting.noise, seed)]
+    train(setting.script, folder, "--seed", seed, *setting.flags.split(), *words)
+
+
+def answer(runs: Path, seed: int) -> None:
+    """Answers of every method's model to the held-out prompts, scored by the learned models."""
+    folder = runs / f"answers-{seed}"
+    if (folder / "table.json").exists():
+        return
+    models = []
+    for name, (_, own_run, model) in METHODS.items():
+        models.append(f"{name}={model if own_run is None else runs / f'{own_run}-{seed}' / model}")
+    call("evaluate", "score", "--models", *models, "--seed", seed, "--dtype", "float32", "--output-dir", folder)
+
+
+def execute(args: Args) -> None:
+    names = {run_name for _, run_name, _ in METHODS.values() if run_name}
+    seeds = args.seeds
+    if args.part == "ablations":
+        names = {name for _, group in ABLATIONS.values() for name in group.values()}
+        seeds = args.ablation_seeds
+    start = time.time()
+    with ThreadPoolExecutor(args.parallel) as pool:
+        jobs = [pool.submit(run, args.runs, name, seed) for seed in seeds for name in RUNS if name in names]
+        for i, job in enumerate(jobs, start=1):
+            job.result()
+            print(f"{i} of {len(jobs)} runs, {(time.time() - start) / 60:.0f} minutes", flush=True)
+        if args.part == "experiment":
+            list(pool.map(lambda seed: answer(args.runs, seed), seeds))
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def numbers(rows: list[dict]) -> dict[str, float]:
+    """Exact and learned means of answers, and the exact ones by hazard."""
+    result = measure.measure(rows)
+    result["learned_reward"] = np.mean([row["reward"] for row in rows])
+    result["learned_cost"] = np.mean([row["cost"] for row in rows])
+    for hazard in world.HAZARDS:
+        part = measure.measure([row for row in rows if world.HAZARDS[world.hazard(row["prompt"])] == hazard])
+        result |= {f"{hazard} {key}": part[key] for key in ("reward", "cost", "compliance")}
+    return result
+
+
+def of_method(args: Args, name: str) -> list[dict]:
+    """The numbers of a method, one entry a seed."""
+    results = []
+    for seed in args.seeds:
+        path = args.runs / f"answers-{seed}" / "responses.jsonl"
+        if path.exists():
+            results.append(numbers([row for row in read_rows(path) if row["model"] == name]))
+    return results
+
+
+def of_run(args: Args, name: str) -> list[dict]:
+    """The numbers of a run's last evaluation, one entry a seed that is finished; with the multiplier at the end."""
+    results = []
+    for seed in args.ablation_seeds:
+        folder = args.runs / f"{name}-{seed}"
+        if (folder / "summary.json").exists():
+            rows = read_rows(folder / "eval.jsonl")
+            last = max(row["iteration"] for row in rows)
+            results.append(numbers([row for row in rows if row["iteration"] == last]))
+            results[-1]["lambda"] = json.loads((folder / "summary.json").read_text())["lambda"]
+    return results
+
+
+def mean_and_half(results: list[dict], key: str, scale: float = 1.0) -> tuple[float, float]:
+    """Mean over seeds and half-width of its 95% t-interval (0 for a single seed)."""
+    text = measure.interval([scale * result[key] for result in results], 6).split(" ± ")
+    return float(text[0]), float(text[1]) if len(text) > 1 else 0.0
+
+
+def cell(results: list[dict], key: str) -> str:
+    percent = "compliance" in key
+    text = measure.interval([(100 if percent else 1) * result[key] for result in results], 1 if percent else 2)
+    return text + (" %" if percent else "")
+
+
+class Best(NamedTuple):
+    """The best policy under a constraint, by the exact functions; compliance is a range where several are best."""
+
+    reward: float
+    cost: float
+    lowest: float
+    highest: float
+
+    def cells(self) -> list[str]:
+        share = f"{100 * self.lowest:.1f}"
+        if self.highest - self.lowest > 5e-4:
+            share += f" to {100 * self.highest:.1f}"
+        return [f"{self.reward:.2f}", f"{self.cost:.2f}", f"{share} %"]
+
+
+@functools.cache
+def answers() -> list[tuple[int, str, str]]:
+    """The answers worth giving to each held-out prompt: (index of the prompt, prompt, answer)."""
+    found = []
+    for i, prompt in enumerate(world.heldout_prompts()):
+        steps = world.STEPS[world.parse_prompt(prompt)[0]]
+        texts = [" ".join(steps[:n]) for n in range(1, len(steps) + 1)]
+        texts += [f"{world.WARNINGS[0]} {text}" for text in texts] + [world.WARNINGS[0], world.REFUSALS[0]]
+        found += [(i, prompt, text) for text in texts]
+    return found
+
+
+@functools.cache
+def scores(learned: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards and costs of answers(), by the exact functions or by the learned models."""
+    if not learned:
+        pairs = [(world.exact_reward(x, y), world.exact_cost(x, y)) for _, x, y in answers()]
+        return np.array(pairs)[:, 0], np.array(pairs)[:, 1]
+    found = []
+    _, prompts, texts = zip(*answers(), strict=True)
+    for kind in ("reward", "cost"):
+        folder = str(ROOT / "toy" / f"{kind}_model")
+        tokenizer = repo.load_tokenizer(folder, False)
+        model = repo.load_score_model(folder, torch.float32, "", 0, False)
+        ids, mask = repo.pad(repo.encode_scored(tokenizer, prompts, texts, "{prompt}", 512), 0, "right")
+        with torch.no_grad():
+            found.append(repo.text_scores(model, ids, mask).double().numpy())
+    return tuple(found)
+
+
+@functools.cache
+def optimum(constraint: Literal["average", "prompt", "response"], learned: bool) -> Best:
+    """Maximise the mean reward under a constraint on the cost (d = 0): a linear programme over the answers' weights.
+
+    learned: the programme sees the scores of the learned models. Reported is always the exact value of its solution.
+    """
+    rewards, costs = scores(learned)
+    exact_rewards, exact_costs = scores(False)
+    prompt_of = np.array([i for i, _, _ in answers()])
+    count = prompt_of.max() + 1
+    of_prompt = (prompt_of == np.arange(count)[:, None]).astype(float)  # [prompts, answers]
+    limits = {"average": costs[None] / count, "prompt": of_prompt * costs, "response": np.maximum(costs, 0)[None]}
+    settings = dict(A_eq=of_prompt, b_eq=np.ones(count))
+    rows = limits[constraint]
+    best = linprog(-rewards / count, A_ub=rows, b_ub=np.zeros(len(rows)), **settings)
+    # Two more programmes, which hold the best reward, find the lowest and the highest compliance.
+    rows, bounds, slack = np.vstack([rows, -rewards / count]), np.zeros(len(rows) + 1), 1e-9
+    bounds[-1] = best.fun
+    safe = (exact_costs <= 0) / count
+    low, high = (linprog(sign * safe, A_ub=rows, b_ub=bounds + slack, **settings).x for sign in (1, -1))
+    return Best(low @ exact_rewards / count, low @ exact_costs / count, safe @ low, safe @ high)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def experiment_tables(args: Args) -> dict[str, str]:
+    measured = {name: of_method(args, name) for name in METHODS}
+    columns = ["method", "reward", "cost", "safe answers", "{C-d}^+"]
+    columns += ["reward (learned)", "cost (learned)", "safe answers (learned)"]
+    keys = ["reward", "cost", "compliance", "violation", "learned_reward", "learned_cost", "learned_compliance"]
+    rows = [[METHODS[name][0], *(cell(results, key) for key in keys)] for name, results in measured.items()]
+    titles = {"average": "E[C] ≤ 0", "prompt": "E[C] ≤ 0 for every prompt", "response": "C ≤ 0 for every answer"}
+    optima = [
+        [f"{text}{', as the learned models score' * learned}", *optimum(constraint, learned).cells()]
+        for constraint, text in titles.items()
+        for learned in (False, True)
+    ]
+    hazard_rows = [
+        [METHODS[name][0], *(cell(results, f"{h} {key}") for h in world.HAZARDS for key in ("cost", "compliance"))]
+        for name, results in measured.items()
+    ]
+    hazard_columns = ["method", *(f"{h}: {key}" for h in world.HAZARDS for key in ("cost", "safe"))]
+    return {
+        "optima": table(["best policy under", "reward", "cost", "safe answers"], optima),
+        "methods": table(columns, rows),
+        "hazards": table(hazard_columns, hazard_rows),
+    }
+
+
+def ablation_table(args: Args, name: str) -> str | None:
+    heading, group = ABLATIONS[name]
+    rows = []
+    for label, run_name in group.items():
+        results = of_run(args, run_name)
+        if results:
+            keys = ("reward", "cost", "compliance", "violation", "learned_compliance", "lambda")
+            rows.append([label, *(cell(results, key) for key in keys), str(len(results))])
+    columns = [heading, "reward", "cost", "safe answers", "{C-d}^+", "safe answers (learned)", "λ at the end", "seeds"]
+    return table(columns, rows) if rows else None
+
+
+def insert(path: Path, name: str, text: str) -> None:
+    """Put text between the lines `<!-- name -->` and `<!-- end -->` of a page."""
+    page = path.read_text(encoding="utf-8")
+    head, mark, rest = page.partition(f"<!-- {name} -->\n")
+    if not mark:
+        raise SystemExit(f"error: {path} has no line <!-- {name} -->")
+    _, end, tail = rest.partition("<!-- end -->")
+    path.write_text(f"{head}{mark}{text}\n{end}{tail}", encoding="utf-8")
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def save(figure, path: Path) -> None:
+    """A PNG of 64 colours: figures that stay small in the repository."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(64, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
+
+
+def plain(axis) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, lw=0.5)
+
+
+def title(name: str) -> str:
+    return METHODS[name][0].replace("*", "").replace("`", "")
+
+
+def color(name: str) -> str:
+    return COLORS["p-sacpo" if name.startswith("p-sacpo") else name]
+
+
+def experiment_figure(args: Args) -> None:
+    """Reward against compliance of every method with both optima; and who pays: cost by hazard."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0), dpi=110, layout="constrained")
+    for name in SHOWN:
+        results = of_method(args, name)
+        x, dx = mean_and_half(results, "reward")
+        y, dy = mean_and_half(results, "compliance", 100)
+        bold = name in ("repo", "ppo-lagrange")
+        left.errorbar(
+            x,
+            y,
+            xerr=dx,
+            yerr=dy,
+            fmt="o",
+            color=color(name),
+            ms=8 if bold else 5.5,
+            lw=1.2,
+            capsize=2,
+            label=title(name),
+        )
+    for constraint, text in (("response", "best with every answer safe"), ("average", "best with a safe average")):
+        best = optimum(constraint, learned=False)
+        low, high = 100 * best.lowest, 100 * best.highest
+        left.scatter(best.reward, (low + high) / 2, color="black", marker="*", s=110, zorder=5, linewidths=0)
+        left.plot([best.reward] * 2, [low, high], color="black", lw=1)
+        left.annotate(text, (best.reward, high), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+    left.set(xlabel="exact reward", ylabel="safe answers, %", ylim=(25, 108), title="Helpful and safe?")
+    left.legend(frameon=False, fontsize=7.5, loc="lower left")
+    shown, width = ("sft", "ppo-lagrange", "repo"), 0.26
+    for i, name in enumerate(shown):
+        points = [mean_and_half(of_method(args, name), f"{hazard} cost") for hazard in world.HAZARDS]
+        right.bar(
+            np.arange(3) + (i - 1) * width,
+            [mean for mean, _ in points],
+            width,
+            yerr=[half for _, half in points],
+            color=color(name),
+            error_kw=dict(lw=1, capsize=2),
+            label=title(name),
+        )
+    right.axhline(0, color="black", lw=1)
+    right.text(2.45, 0.06, "d", ha="right", fontsize=9)
+    right.set_xticks(range(3), [f"{hazard}\nprompts" for hazard in world.HAZARDS])
+    right.set(ylabel="mean exact cost", title="Who pays?")
+    right.legend(frameon=False, fontsize=8, loc="upper left")
+    for axis in (left, right):
+        plain(axis)
+    save(figure, args.docs / "figures" / "experiment.png")
+
+
+def curves_figure(args: Args) -> None:
+    """Compliance, mean cost and reward of the RL methods during training, by the exact functions."""
+    panels = {"compliance": "safe answers, %", "cost": "mean exact cost", "reward": "mean exact reward"}
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), dpi=110, layout="constrained")
+    for name in ("ppo", "reward-shaping", "ppo-lagrange", "repo", "repo-advantage"):
+        curves = []
+        for seed in args.seeds:
+            rows = {}
+            for row in read_rows(args.runs / f"{name}-{seed}" / "eval.jsonl"):
+                rows.setdefault(row["iteration"], []).append(row)
+            curves.append({iteration: measure.measure(part) for iteration, part in sorted(rows.items())})
+        batch = json.loads((args.runs / f"{name}-{args.seeds[0]}" / "args.json").read_text())["batch_size"]
+        episodes = [batch * iteration for iteration in curves[0]]
+        for axis, (key, label) in zip(axes, panels.items(), strict=True):
+            scale = 100 if key == "compliance" else 1
+            points = [mean_and_half([curve[i] for curve in curves], key, scale) for i in curves[0]]
+            mean, half = np.array(points).T
+            axis.plot(
+                episodes, mean, color=color(name), lw=1.6, label=METHODS[name][0].replace("*", "").replace("`", "")
+            )
+            axis.fill_between(episodes, mean - half, mean + half, color=color(name), alpha=0.15, lw=0)
+            axis.set(xlabel="episodes", title=label)
+            plain(axis)
+    axes[0].set_ylim(0, 103)
+    axes[1].axhline(0, color="black", lw=0.8)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=7.5
+    )
+    save(figure, args.docs / "figures" / "experiment_curves.png")
+
+
+def ablation_figure(args: Args, name: str) -> None:
+    heading, group = ABLATIONS[name]
+    results = {label: of_run(args, run_name) for label, run_name in group.items()}
+    results = {label: found for label, found in results.items() if found}
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.3), dpi=100, layout="constrained")
+    for axis, (key, scale, label) in zip(
+        axes, [("compliance", 100, "safe answers, %"), ("reward", 1, "mean exact reward")], strict=True
+    ):
+        for i, (setting, found) in enumerate(results.items()):
+            mean, half = mean_and_half(found, key, scale)
+            run_name = group[setting]
+            method = max((known for known in COLORS if run_name.startswith(known)), key=len)
+            axis.errorbar(i, mean, yerr=half, fmt="o", color=COLORS[method], capsize=3, ms=6)
+            axis.scatter([i] * len(found), [scale * one[key] for one in found], s=9, color="black", alpha=0.5, zorder=3)
+        axis.set_xticks(range(len(results)), [label.replace(", ", "\n") for label in results], fontsize=8)
+        axis.set_xlim(-0.5, len(results) - 0.5)
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel(heading)
+        plain(axis)
+    axes[0].set_ylim(-3, 106)
+    axes[1].axhline(optimum("response", learned=False).reward, color="black", ls=":", lw=1)
+    save(figure, args.docs / "figures" / f"ablation_{name}.png")
+
+
+def report(args: Args) -> None:
+    page = args.docs / "experiments.md"
+    if all((args.runs / f"answers-{seed}" / "table.json").exists() for seed in args.seeds):
+        for name, text in experiment_tables(args).items():
+            insert(page, name, text)
+            print(f"\n{text}")
+        experiment_figure(args)
+        curves_figure(args)
+    for name in ABLATIONS:
+        text = ablation_table(args, name)
+        if text:
+            insert(page, f"ablation {name}", text)
+            print(f"\n{text}")
+            ablation_figure(args, name)
+
+
+def main(args: Args) -> None:
+    if args.part != "report":
+        execute(args)
+    report(args)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,905 @@
+"""SACPO: stepwise alignment, safe RLHF without score models: first one preference, then the other.
+
+A policy π_θ shall be helpful (reward R) and safe (cost C). The optimum of the Lagrangian with multiplier λ,
+
+    maximise  E_x E_y [R(x, y) - λ C(x, y)] - β KL(π_θ ‖ π_ref),    π* ∝ π_ref exp((R - λ C) / β)
+                                                                       ∝ (π_ref exp(R / β)) exp(-C / (β/λ)),
+
+is what two alignments in a row lead to: one to helpfulness from π_ref with β, and one to safety from its result with
+β/λ; the other order gives the same product. Each stage learns from pairs of responses, and its reference is the policy
+it starts from. With r(y) = log π_θ(y | x) - log π_ref(y | x) a stage minimises one of
+
+    DPO     -log σ( b (r(y_chosen) - r(y_rejected)) )                                mean over pairs
+    KTO     w_D (1 - σ( b (r(y) - z_0) ))  where y is desirable,                     mean over responses
+            w_U (1 - σ( b (z_0 - r(y)) ))  where it is not; z_0 = {mean of r over responses to OTHER prompts}^+
+
+where b is β (--beta) if the stage is about helpfulness and β/λ (--beta-over-lambda) if it is about safety, whatever
+their order. P-SACPO gives policies between the stages without training: weights (1 - q) θ_stage1 + q θ_stage2.
+
+Sources: SACPO and P-SACPO (Wachi et al., NeurIPS 2024, arXiv 2404.11049); DPO (Rafailov et al., arXiv 2305.18290); KTO
+(Ethayarajh et al., arXiv 2402.01306). The data have PKU-SafeRLHF's columns.
+
+Without flags it runs on the embedded toy world: on a laptop, offline, in about a minute. At the paper's scale:
+
+    torchrun --nproc_per_node 8 sacpo.py --model PKU-Alignment/alpaca-7b-reproduced \
+        --dataset PKU-Alignment/PKU-SafeRLHF-30K --eval-dataset PKU-Alignment/PKU-SafeRLHF-30K \
+        --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" \
+        --stages helpful safe --loss dpo --beta 0.1 --beta-over-lambda 0.025 --merge-q 0.25 0.5 0.75 \
+        --train-size 0 --epochs 3 --batch-size 256 --micro-batch-size 16 --learning-rate 2e-5 \
+        --max-prompt-length 128 --max-length 512 --gradient-checkpointing
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ...     # on each node
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import datasets
+import huggingface_hub
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+import tyro
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+TOY = Path(__file__).resolve().parent / "toy"
+
+
+@dataclass
+class Args:
+    """Align a language model stepwise with two preferences (SACPO)."""
+
+    exp_name: str = "sacpo"
+    """name of the run"""
+    seed: int = 1
+    """seeds everything random"""
+    output_dir: str | None = None
+    """where the run is written; default runs/<exp-name>-<seed>-<time>"""
+    track: bool = False
+    """also log to Weights & Biases (needs the wandb package)"""
+
+    # Model (a folder, or an id of the Hub)
+    model: str = str(TOY / "policy")
+    """the policy to align, reference of the first stage: a language model after supervised fine-tuning"""
+    trust_remote_code: bool = False
+    """run model code that comes with a checkpoint; off, such checkpoints are refused"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute type; auto: bfloat16 on CUDA and on CPUs with instructions for it, else float32; masters stay float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+
+    # Pairs
+    dataset: str = str(TOY / "data" / "train.parquet")
+    """training pairs in PKU-SafeRLHF's columns (jsonl, json, csv or parquet file, folder, or Hub id)"""
+    dataset_split: str = "train"
+    """split of the training pairs; slices such as train[:1000] are allowed"""
+    eval_dataset: str = str(TOY / "data" / "test.parquet")
+    """held-out pairs, same columns"""
+    eval_split: str = "test"
+    """split of the held-out pairs"""
+    train_size: int = 8192
+    """training pairs at most, drawn at random, the same in both stages; 0 takes all"""
+    prompt_template: str = "{prompt}"
+    """text put around a prompt; the response follows it directly"""
+    max_prompt_length: int = 64
+    """tokens of a prompt in its template; pairs with longer ones are dropped"""
+    max_length: int = 512
+    """tokens of prompt and response together; longer texts lose their end"""
+
+    # Stages
+    stages: tuple[Literal["helpful", "safe"], ...] = ("helpful", "safe")
+    """the preferences in the order in which they are learnt; a single one is plain DPO or KTO"""
+    loss: tuple[Literal["dpo", "kto"], ...] = ("dpo",)
+    """loss of all stages, or of each"""
+    beta: float = 0.5
+    """β, weight of the KL divergence from the reference in the helpfulness stage"""
+    beta_over_lambda: float = 0.25
+    """β/λ, the same in the safety stage: the smaller, the more safety counts"""
+    merge_q: tuple[float, ...] = ()
+    """P-SACPO: weights (1 - q) of stage 1 and q of stage 2 are mixed for each of these q"""
+
+    # Optimisation, in each stage anew
+    epochs: int = 1
+    """passes over the training pairs in each stage"""
+    batch_size: int = 64
+    """pairs an optimizer step, over all processes"""
+    micro_batch_size: int = 64
+    """pairs a process takes through one forward and backward pass, two texts each"""
+    learning_rate: float = 1e-3
+    """peak learning rate; cosine schedule down to zero"""
+    warmup_ratio: float = 0.03
+    """share of the optimizer steps spent warming up"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+
+
+# ======================================================================================================================
+# The algorithm: pure functions, then the reading of the policy. Log-probabilities are those of whole responses
+# ======================================================================================================================
+def dpo_loss(
+    chosen_logprobs: torch.Tensor,
+    rejected_logprobs: torch.Tensor,
+    ref_chosen_logprobs: torch.Tensor,
+    ref_rejected_logprobs: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:
+    """Direct preference optimization (arXiv 2305.18290).
+
+    *_logprobs: log π(y | x) of the chosen and the rejected response by policy and reference, in nats, [pairs].
+    Returns the loss of each pair, [pairs].
+    """
+    chosen_log_ratio = chosen_logprobs - ref_chosen_logprobs
+    rejected_log_ratio = rejected_logprobs - ref_rejected_logprobs
+    return -F.logsigmoid(beta * (chosen_log_ratio - rejected_log_ratio))
+
+
+def kto_loss(
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    desirable: torch.Tensor,
+    z_0: float,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> torch.Tensor:
+    """Kahneman-Tversky optimization (arXiv 2402.01306): every response is judged by itself, against z_0.
+
+    logprobs, ref_logprobs: log π(y | x) by policy and reference, in nats; desirable: KTO's labels; all of one shape.
+    z_0: the reference point, one number for the global batch; no gradient passes through it.
+    Returns the loss of each response, in the same shape.
+    """
+    log_ratio = logprobs - ref_logprobs
+    gain = desirable_weight * (1 - F.sigmoid(beta * (log_ratio - z_0)))
+    harm = undesirable_weight * (1 - F.sigmoid(beta * (z_0 - log_ratio)))
+    return torch.where(desirable, gain, harm)
+
+
+def merge(one: torch.Tensor, two: torch.Tensor, q: float) -> torch.Tensor:
+    """P-SACPO's weights between two stages (arXiv 2404.11049): (1 - q) · one + q · two."""
+    return (1 - q) * one + q * two
+
+
+@dataclass
+class Pair:
+    """Two responses to one prompt, the chosen one first."""
+
+    prompt: str
+    responses: list[str]
+    ids: list[tuple[list[int], list[int]]]  # for each response: tokens of the prompt, tokens of the response with EOS
+    desirable: list[bool]  # KTO's label of each response
+
+
+def mismatched(batch: list[Pair], max_length: int) -> list[Pair]:
+    """The responses of every pair after the prompt of another, on which KTO reads z_0.
+
+    The other prompt is that of the next pair in the batch, around its end, whose text differs; a batch with a single
+    prompt has none, and the list is empty. Prompt and response are joined as tokens, up to max_length of them.
+    """
+    if len({pair.prompt for pair in batch}) == 1:
+        return []
+    crossed = []
+    for i, pair in enumerate(batch):
+        others = (batch[(i + step) % len(batch)] for step in range(1, len(batch)))
+        other = next(other for other in others if other.prompt != pair.prompt)
+        ids = [(x, y[: max_length - len(x)]) for (x, _), (_, y) in zip(other.ids, pair.ids, strict=True)]
+        crossed.append(Pair(other.prompt, pair.responses, ids, pair.desirable))
+    return crossed
+
+
+def response_logprobs(
+    policy, sequences: torch.Tensor, attention_mask: torch.Tensor, length: int, temperature: float
+) -> torch.Tensor:
+    """Log-probabilities of the last `length` tokens in the distribution they are sampled from, [batch, length]."""
+    logits = policy(
+        input_ids=sequences,
+        attention_mask=attention_mask,
+        position_ids=positions(attention_mask),
+        use_cache=False,
+        logits_to_keep=length + 1,
+    ).logits[:, :-1]
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    return logprobs.gather(2, sequences[:, -length:, None]).squeeze(2)
+
+
+def pair_logprobs(policy, pairs: list[Pair], pad_id: int, device) -> torch.Tensor:
+    """log π(y | x) of both responses of each pair in float32, [pairs, 2]: the sum over a response's tokens, EOS too."""
+    texts = [text for pair in pairs for text in pair.ids]
+    prompt_ids, prompt_mask = pad([prompt for prompt, _ in texts], pad_id, side="left")
+    response_ids, response_mask = pad([response for _, response in texts], pad_id, side="right")
+    sequences = torch.cat([prompt_ids, response_ids], dim=1).to(device)
+    attention_mask = torch.cat([prompt_mask, response_mask], dim=1).to(device)
+    logprobs = response_logprobs(policy, sequences, attention_mask, response_ids.shape[1], 1.0)  # [2 pairs, response]
+    return logprobs.masked_fill(response_mask.to(device) == 0, 0.0).sum(1).unflatten(0, (-1, 2))
+
+
+# ======================================================================================================================
+# Plumbing, the same in every script: errors, processes, data, models, files
+# ======================================================================================================================
+class UserError(Exception):
+    """Something the user can mend; its text, one line, says how."""
+
+
+def shut_down() -> None:
+    """Leave the process group; without the barrier gloo's threads can abort a process at its exit."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fail(message: str) -> NoReturn:
+    """End the run with one line on standard error and exit status 2. Every rank must call it; rank 0 speaks."""
+    if dist.get_rank() == 0:
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    shut_down()
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def agreed():
+    """Hold a step that a user's mistake may end on any rank: then all ranks stop together.
+
+    No collective operation may stand inside, since the rank that failed would leave the others waiting in it.
+    """
+    error = None
+    try:
+        yield
+    except UserError as exception:
+        error = str(exception)
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        fail(next(filter(None, errors)))
+
+
+def start_processes():
+    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh over all processes)."""
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def read_args(cls, check):
+    """Read the command line into the dataclass `cls`; a mistake that tyro or `check` finds is told in one line."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            args = tyro.cli(cls)
+    except SystemExit as stop:
+        if stop.code:
+            # tyro's box is a heading, a rule, what is wrong, another rule, and help that --help gives as well.
+            lines = [line.strip(" │╭╮╰╯─") for line in output.getvalue().splitlines()]
+            lines = [line for line in lines if line.strip("-")]
+            fail(" ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:])) or "unknown flags")
+        if dist.get_rank() == 0:
+            print(output.getvalue(), end="")
+        shut_down()
+        sys.exit(0)
+    with agreed():
+        check(args)
+    return args
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of the forward and backward passes; `auto` is bfloat16 where the hardware multiplies in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def random_generator(*key) -> torch.Generator:
+    """A random generator of its own for every use, keyed by the seed, the use and the iteration.
+
+    Nothing random depends on what was drawn before it or on the number of processes.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
+    """Check that a model or a data set is there: a path that exists is a path, anything else is a Hub id."""
+    if not name.strip():
+        raise UserError(f"{flag} is empty; give a path or an id of the Hub")
+    if os.path.exists(name):
+        return name
+    try:
+        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except Exception as exception:  # bad id, unknown id, no network, offline mode: the local cache may still have it
+        known = False
+        with contextlib.suppress(Exception):
+            cached = huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
+            known = any(Path(cached).iterdir())
+        if not known:
+            raise UserError(
+                f"{flag} {name}: there is no path {Path(name).absolute()}, and no {kind} '{name}' could be had from "
+                f"the Hub ({type(exception).__name__})"
+            ) from None
+    return name
+
+
+def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str, list]:
+    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
+    readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    path = Path(locate(name, "dataset", flag))
+    try:
+        suffix = path.suffix.lower()
+        if path.is_file() and suffix not in readers:
+            raise ValueError(f"a data file ends in one of {', '.join(readers)}")
+        if path.is_file():
+            rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
+        else:
+            rows = datasets.load_dataset(name, split=split)
+        values = {column: rows[column][:] for column in columns if column in rows.column_names}
+    except Exception as exception:
+        reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
+        raise UserError(
+            f"{flag} {name}: split '{split}' cannot be read: {reason or type(exception).__name__}"
+        ) from None
+    missing = [column for column in columns if column not in values]
+    if missing:
+        raise UserError(f"{flag} {name}: no column '{missing[0]}'; the columns are {', '.join(rows.column_names)}")
+    if len(rows) == 0:
+        raise UserError(f"{flag} {name}: split '{split}' has no rows")
+    return values
+
+
+def check_texts(texts: list, column: str, name: str, flag: str) -> None:
+    """Refuse rows without text: an empty prompt or response is a mistake in the data, not something to learn from."""
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{flag} {name}: row {row} has an empty '{column}'; take such rows out of the data")
+
+
+def load_tokenizer(name: str, trust_remote_code: bool):
+    """The tokenizer beside a model. One without a pad token pads with EOS: masks, not ids, tell what is padding."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as exception:
+        raise UserError(f"{name}: its tokenizer cannot be loaded: {exception}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no EOS token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists as one tensor. Returns (ids, mask), both [batch, longest]; mask is 1 at tokens, 0 at padding."""
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), value)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        place = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
+        ids[row, place] = torch.tensor(sequence)
+        mask[row, place] = 1
+    return ids, mask
+
+
+def encode_scored(
+    tokenizer, prompts: list[str], responses: list[str], template: str, max_length: int
+) -> list[list[int]]:
+    """Tokens of prompt, response and EOS as a score model reads them; a text over max_length tokens loses its end."""
+    texts = [
+        template.replace("{prompt}", prompt) + response for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    encoded = tokenizer(texts)["input_ids"] if texts else []
+    eos = tokenizer.eos_token_id
+    return [(ids if ids[-1:] == [eos] else [*ids, eos])[:max_length] for ids in encoded]
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of every token counted from the first that is not padding, [batch, length]."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def load_pretrained(
+    cls, name: str, dtype: torch.dtype, flag: str, trust_remote_code: bool, fresh=(), left=(), **config
+):
+    """A model of the library's class `cls`, with every weight accounted for.
+
+    fresh: weights that the checkpoint may lack, left: weights of it that may stay behind. Any other is an error.
+    Only safetensors are read: a pickle could run code.
+    """
+    try:
+        model, info = cls.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
+            **config,
+        )
+    except Exception as exception:
+        raise UserError(f"{flag} {name} cannot be loaded: {exception}") from None
+    missing = sorted(set(info["missing_keys"]) - set(fresh))
+    unexpected = sorted(set(info["unexpected_keys"]) - set(left))
+    if missing or unexpected or info["mismatched_keys"]:
+        raise UserError(
+            f"{flag} {name} does not fit {cls.__name__}: weights missing {missing[:3]}, unexpected {unexpected[:3]}, "
+            f"of another shape {[key for key, *_ in info['mismatched_keys']][:3]}"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # a dropped unit would change log-probabilities between two readings
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
+    """FSDP2: each transformer block is gathered when it computes, the rest with the root.
+
+    The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
+    """
+    blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+    for module in [module for module in model.modules() if type(module).__name__ in blocks]:
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    return fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+
+
+def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
+    """Write safetensors, configuration and tokenizer: beside the folder first, so that no half-written one is met."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        if not hasattr(model, "save_pretrained"):  # a ScoreModel, around the library's class
+            model, state = model.model, {name.removeprefix("model."): value for name, value in state.items()}
+        beside = folder.with_name(folder.name + ".part")
+        shutil.rmtree(beside, ignore_errors=True)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(beside, state_dict=state)
+        tokenizer.save_pretrained(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    dist.barrier()
+
+
+def open_run(args) -> Path:
+    """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
+    name = [args.output_dir]
+    if name[0] is None:
+        name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    dist.broadcast_object_list(name)
+    folder = Path(name[0])
+    with agreed():
+        if dist.get_rank() == 0:
+            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part tensorboard stage1 stage2 merged"
+            held = [entry for entry in mine.split() if os.path.lexists(folder / entry)]
+            if held:
+                state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
+                raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")
+            if args.track and not importlib.util.find_spec("wandb"):
+                raise UserError("--track needs the wandb package: pip install wandb")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / "args.json", dataclasses.asdict(args))
+            except OSError as exception:
+                raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
+            if args.track:
+                import wandb
+
+                config = dataclasses.asdict(args)
+                wandb.init(project="safe-rlhf", name=folder.name, config=config, sync_tensorboard=True)
+    return folder
+
+
+def finite(value):
+    """The same value with null for each number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def append_json(path: Path, rows: list[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def my_share(count: int) -> list[int]:
+    """The indices below `count` that this rank handles. All ranks get equally many, as FSDP needs the same number of
+    passes from each: the last ones may repeat an index, which gather_rows drops."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return [(rank + world * i) % count for i in range(math.ceil(count / world))]
+
+
+def global_sum(*values: float, device: torch.device) -> list[float]:
+    """Sums of numbers over all ranks."""
+    total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def clip_gradients(model: nn.Module, max_grad_norm: float) -> float:
+    """Clip the gradients of a sharded model to a norm. Returns the norm before, not finite if any gradient is not."""
+    return nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
+
+
+# ======================================================================================================================
+# Training
+# ======================================================================================================================
+def check_args(args: Args) -> None:
+    above_zero = (
+        "max_prompt_length max_length beta beta_over_lambda epochs batch_size micro_batch_size learning_rate "
+        "max_grad_norm"
+    )
+    zero_or_more = "train_size warmup_ratio weight_decay"
+    for name in above_zero.split() + zero_or_more.split():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if not (0 < value < math.inf if name in above_zero.split() else 0 <= value < math.inf):
+            raise UserError(f"{flag} is {value}; it must be {'above 0' if name in above_zero.split() else '0 or more'}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed is {args.seed}; it must be from 0 to 2**63 - 1")
+    if args.warmup_ratio > 1:
+        raise UserError(f"--warmup-ratio is {args.warmup_ratio}; it must be at most 1")
+    if args.batch_size % dist.get_world_size():
+        raise UserError(
+            f"--batch-size {args.batch_size} does not divide among {dist.get_world_size()} processes; "
+            f"give a multiple of {dist.get_world_size()}"
+        )
+    if "{prompt}" not in args.prompt_template:
+        raise UserError(f"--prompt-template '{args.prompt_template}' has no {{prompt}} in it")
+    if args.max_length <= args.max_prompt_length:
+        raise UserError(
+            f"--max-length {args.max_length} leaves no room for a response to --max-prompt-length "
+            f"{args.max_prompt_length} tokens; raise it, or lower the latter"
+        )
+    if not args.stages or len(set(args.stages)) < len(args.stages):
+        raise UserError(f"--stages {' '.join(args.stages)}: give helpful or safe, or both, each once")
+    if len(args.loss) not in (1, len(args.stages)):
+        raise UserError(f"--loss {' '.join(args.loss)}: give one loss, or one for each of --stages")
+    if "kto" in args.loss and args.batch_size == 1:
+        raise UserError("--batch-size is 1; the loss kto compares with the other prompts of a batch: give 2 or more")
+    for q in args.merge_q:
+        if not 0 <= q <= 1:
+            raise UserError(f"--merge-q {q:g}: q must be from 0 to 1")
+    if len({f"{q:g}" for q in args.merge_q}) < len(args.merge_q):
+        raise UserError(f"--merge-q {' '.join(f'{q:g}' for q in args.merge_q)}: give each q once")
+    if args.merge_q and len(args.stages) == 1:
+        raise UserError("--merge-q mixes the results of two --stages; there is one")
+
+
+def plan(args: Args) -> list[tuple[str, str, float]]:
+    """Preference, loss and β of each stage. β belongs to the preference, whatever the order."""
+    losses = args.loss * len(args.stages) if len(args.loss) == 1 else args.loss
+    betas = {"helpful": args.beta, "safe": args.beta_over_lambda}
+    return [(preference, loss, betas[preference]) for preference, loss in zip(args.stages, losses, strict=True)]
+
+
+def load_preferences(args: Args, name: str, split: str, flag: str, tokenizer, size: int = 0) -> dict[str, list[Pair]]:
+    """The same pairs, in the same order, for the preference of each stage; with `size`, so many drawn at random.
+
+    Prompts over --max-prompt-length are dropped and counted. A text is tokenised as a whole, since a tokenizer may join
+    the end of a prompt with what follows, and parted where it leaves the prompt's own tokens.
+    """
+    choices = {"helpful": "better_response_id", "safe": "safer_response_id"}
+    safe = ["is_response_0_safe", "is_response_1_safe"]
+    labels = safe if any((preference, loss) == ("safe", "kto") for preference, loss, _ in plan(args)) else []
+    answers, chosen = ["response_0", "response_1"], [choices[preference] for preference in args.stages]
+    columns = load_rows(name, split, ["prompt", *answers, *chosen, *labels], flag)
+    for column in ("prompt", *answers):
+        check_texts(columns[column], column, name, flag)
+    for row in range(len(columns["prompt"])):
+        for column in (*chosen, *labels):
+            if columns[column][row] not in (0, 1):  # some readers make 0.0 or False of 0
+                allowed = "true or false" if column in labels else "0 or 1"
+                raise UserError(f"{flag} {name}: row {row} has {column} {columns[column][row]!r}; it must be {allowed}")
+
+    distinct = list(dict.fromkeys(columns["prompt"]))
+    encoded = tokenizer([args.prompt_template.replace("{prompt}", text) for text in distinct])["input_ids"]
+    # Some tokenizers end every text in EOS; a prompt that has ended would leave nothing to answer.
+    encoded = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
+    prompt_ids = dict(zip(distinct, encoded, strict=True))
+    rows = [row for row, text in enumerate(columns["prompt"]) if len(prompt_ids[text]) <= args.max_prompt_length]
+    dropped = len(columns["prompt"]) - len(rows)
+    if dropped and dist.get_rank() == 0:
+        print(
+            f"{flag}: dropped {dropped} of {len(columns['prompt'])} pairs, their prompts are over --max-prompt-length "
+            f"{args.max_prompt_length}"
+        )
+    if not rows:
+        raise UserError(f"{flag} {name}: all prompts are over --max-prompt-length {args.max_prompt_length}")
+    if 0 < size < len(rows):
+        drawn = torch.randperm(len(rows), generator=random_generator(args.seed, "subset"))[:size]
+        rows = [rows[i] for i in sorted(drawn.tolist())]
+
+    prompts = [columns["prompt"][row] for row in rows]
+    texts = []
+    for column in answers:
+        responses = [columns[column][row] for row in rows]
+        texts.append(encode_scored(tokenizer, prompts, responses, args.prompt_template, args.max_length))
+    pairs = {preference: [] for preference in args.stages}
+    for row, prompt, *both in zip(rows, prompts, *texts, strict=True):
+        ids = [part(whole, prompt_ids[prompt]) for whole in both]
+        if not all(before for before, _ in ids):
+            raise UserError(f"{flag} {name}: row {row}: no token of the prompt comes before the response")
+        for preference, loss, _ in plan(args):
+            first = int(columns[choices[preference]][row])
+            desirable = [True, False]
+            if (preference, loss) == ("safe", "kto"):
+                desirable = [bool(columns[safe[i]][row]) for i in (first, 1 - first)]
+            responses = [columns[answers[i]][row] for i in (first, 1 - first)]
+            pairs[preference].append(Pair(prompt, responses, [ids[first], ids[1 - first]], desirable))
+    return pairs
+
+
+def part(ids: list[int], prompt_ids: list[int]) -> tuple[list[int], list[int]]:
+    """Tokens of a whole text as (prompt, response), parted where they first differ from the prompt's own."""
+    same = itertools.takewhile(lambda both: both[0] == both[1], zip(ids, prompt_ids, strict=False))
+    start = min(len(list(same)), len(ids) - 1)  # a response has at least its EOS
+    return ids[:start], ids[start:]
+
+
+def stage_batches(seed: int, preference: str, epochs: int, pairs: int, batch: int) -> list[list[int]]:
+    """The pairs of each global batch of a stage: a new order every epoch, whose last incomplete batch is left out."""
+    batches = []
+    for epoch in range(epochs):
+        order = torch.randperm(pairs, generator=random_generator(seed, "pairs", preference, epoch)).tolist()
+        batches += [order[start : start + batch] for start in range(0, pairs - batch + 1, batch)]
+    return batches
+
+
+def undesirable_weight(pairs: list[Pair], flag: str) -> float:
+    """KTO's w_U for w_D = 1: desirable responses for each undesirable one, so that both sides weigh the same."""
+    labels = [label for pair in pairs for label in pair.desirable]
+    if all(labels) or not any(labels):
+        raise UserError(
+            f"{flag}: all responses are {'safe' if any(labels) else 'unsafe'}, the loss kto needs both; use --loss dpo"
+        )
+    return sum(labels) / (len(labels) - sum(labels))
+
+
+@torch.no_grad()
+def all_logprobs(policy, pairs: list[Pair], micro_batch_size: int, pad_id: int, device) -> torch.Tensor:
+    """pair_logprobs of many pairs, [pairs, 2]: every rank reads its share, and all get the whole."""
+    if not pairs:
+        return torch.zeros(0, 2, device=device)
+    lengths = [max(len(prompt) + len(response) for prompt, response in pair.ids) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths: little padding
+    mine = [pairs[order[i]] for i in my_share(len(pairs))]
+    starts = range(0, len(mine), micro_batch_size)
+    share = torch.cat([pair_logprobs(policy, mine[i : i + micro_batch_size], pad_id, device) for i in starts])
+    shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, share)
+    logprobs = torch.empty(len(pairs), 2, device=device)
+    logprobs[order] = torch.stack(shares, dim=1).flatten(0, 1)[: len(pairs)]  # undoes my_share
+    return logprobs
+
+
+def held_out_result(log_ratios: torch.Tensor) -> dict[str, float]:
+    """What log π/π_ref of held-out pairs, [pairs, 2] with the chosen response first, says of the policy."""
+    chosen, rejected = log_ratios.T
+    return {
+        "pair_accuracy": (chosen > rejected).float().mean().item(),
+        "chosen_log_ratio": chosen.mean().item(),
+        "rejected_log_ratio": rejected.mean().item(),
+    }
+
+
+def copy_shards(policy) -> dict[str, torch.Tensor]:
+    """This rank's part of the weights, in CPU memory."""
+    return {name: value.to_local().to("cpu", copy=True) for name, value in policy.state_dict().items()}
+
+
+def main(device: torch.device, mesh) -> None:
+    args = read_args(Args, check_args)
+    start_time = time.time()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dtype = compute_dtype(args.dtype, device)
+
+    # ---- Pairs and model: everything a mistake may hide in comes before the output directory is made
+    with agreed():
+        locate(args.model, "model", "--model")
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        train_pairs = load_preferences(args, args.dataset, args.dataset_split, "--dataset", tokenizer, args.train_size)
+        eval_pairs = load_preferences(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer)
+        count = len(train_pairs[args.stages[0]])
+        steps_per_epoch = count // args.batch_size
+        if steps_per_epoch == 0:
+            raise UserError(f"--batch-size {args.batch_size} is more than the {count} training pairs")
+        weights = {
+            preference: undesirable_weight(train_pairs[preference], f"--dataset {args.dataset}")
+            for preference, loss, _ in plan(args)
+            if loss == "kto"
+        }
+        policy = load_pretrained(AutoModelForCausalLM, args.model, torch.float32, "--model", args.trust_remote_code)
+        ids = [ids for pairs in (train_pairs, eval_pairs) for pair in pairs[args.stages[0]] for ids in pair.ids]
+        longest = max(len(prompt) + len(response) for prompt, response in ids)
+        if weights:  # z_0 is read on other combinations
+            longest = max(len(prompt) for prompt, _ in ids) + max(len(response) for _, response in ids)
+            longest = min(longest, args.max_length)
+        limit = getattr(policy.config, "max_position_embeddings", None) or longest
+        if longest > limit:
+            raise UserError(f"a text has {longest} tokens, but --model reads {limit}: lower --max-length to {limit}")
+        if args.gradient_checkpointing:
+            policy.gradient_checkpointing_enable()
+    folder = open_run(args)
+    policy = shard(policy.train(), mesh, dtype)  # there is no dropout: train mode only allows gradient checkpointing
+    writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
+    local = args.batch_size // world  # pairs of this rank in each batch
+    local_rows = slice(rank * local, (rank + 1) * local)
+    reading = (args.micro_batch_size, tokenizer.pad_token_id, device)
+    steps = args.epochs * steps_per_epoch
+    skipped, results, shards = 0, [], []
+
+    for stage, (preference, loss_name, beta) in enumerate(plan(args), start=1):
+        # ---- The reference of a stage is the policy it starts from: read once, before the first update
+        pairs, held_out = train_pairs[preference], eval_pairs[preference]
+        batches = stage_batches(args.seed, preference, args.epochs, count, args.batch_size)
+        ref_logprobs = all_logprobs(policy, pairs, *reading)  # [pairs, 2]
+        ref_held_out = all_logprobs(policy, held_out, *reading)
+        if loss_name == "kto":  # the batches of all epochs are known, and with them the responses to other prompts
+            crossed = [mismatched([pairs[i] for i in batch], args.max_length) for batch in batches]
+            ref_crossed = all_logprobs(policy, [pair for batch in crossed for pair in batch], *reading)
+            ref_crossed = ref_crossed.split([len(batch) for batch in crossed])  # each [batch, 2], or [0, 2]
+        policy.reshard()  # a reading without gradients leaves the root's parameters whole; AdamW takes the shards
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+        )
+        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * steps), steps)
+        skipped_in_a_row = 0
+
+        bar = tqdm(total=steps, desc=f"stage {stage}: {preference}, {loss_name}", disable=rank != 0)
+        for step, batch in enumerate(batches, start=1):
+            # 1. KTO's reference point, over the global batch
+            z_0 = 0.0
+            if loss_name == "kto" and crossed[step - 1]:
+                log_ratio_sum = 0.0
+                with torch.no_grad():
+                    for rows in torch.arange(args.batch_size)[local_rows].split(args.micro_batch_size):
+                        logprobs = pair_logprobs(
+                            policy, [crossed[step - 1][row] for row in rows], tokenizer.pad_token_id, device
+                        )
+                        log_ratio_sum += (logprobs - ref_crossed[step - 1][rows.to(device)]).sum().item()
+                z_0 = max(0.0, global_sum(log_ratio_sum, device=device)[0] / (2 * args.batch_size))
+
+            # 2. Losses and gradients of this rank's pairs
+            sums = torch.zeros(4, device=device)  # loss, pairs in the right order, both log-ratios
+            for rows in torch.tensor(batch)[local_rows].split(args.micro_batch_size):
+                chunk = [pairs[row] for row in rows]
+                logprobs = pair_logprobs(policy, chunk, tokenizer.pad_token_id, device)  # [rows, 2]
+                ref = ref_logprobs[rows.to(device)]
+                if loss_name == "dpo":
+                    losses = dpo_loss(logprobs[:, 0], logprobs[:, 1], ref[:, 0], ref[:, 1], beta)  # [rows]
+                else:
+                    desirable = torch.tensor([pair.desirable for pair in chunk], device=device)
+                    losses = kto_loss(logprobs, ref, desirable, z_0, beta, 1.0, weights[preference]).mean(1)
+                # FSDP averages gradients over ranks; times the number of ranks it is the mean over the global batch.
+                (losses.sum() / args.batch_size * world).backward()
+                chosen, rejected = (logprobs.detach() - ref).T
+                sums += torch.stack([losses.detach().sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum()])
+
+            # 3. The step; one whose gradients are not finite is left out, five in a row end the run
+            grad_norm = clip_gradients(policy, args.max_grad_norm)
+            if math.isfinite(grad_norm):
+                optimizer.step()
+                skipped_in_a_row = 0
+            else:
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                if rank == 0:
+                    tqdm.write(f"stage {stage}, step {step}: gradients are not finite, update skipped", file=sys.stderr)
+            optimizer.zero_grad()
+            if skipped_in_a_row == 5:
+                bar.close()
+                fail(
+                    f"5 updates in a row had gradients that are not finite (stage {stage}, step {step}); "
+                    f"try a lower --learning-rate"
+                )
+
+            # 4. Log
+            loss_sum, right, chosen_sum, rejected_sum = global_sum(*sums, device=device)
+            metrics = {
+                "step": step,
+                "epoch": step / steps_per_epoch,
+                "loss": loss_sum / args.batch_size,
+                "pair_accuracy": right / args.batch_size,
+                "chosen_log_ratio": chosen_sum / args.batch_size,
+                "rejected_log_ratio": rejected_sum / args.batch_size,
+                "grad_norm": grad_norm,
+                "learning_rate": schedule.get_last_lr()[0],
+                "skipped_updates": skipped,
+            }
+            if loss_name == "kto":
+                metrics["z_0"] = z_0
+            schedule.step()
+            if step % steps_per_epoch == 0:
+                log_ratios = all_logprobs(policy, held_out, *reading) - ref_held_out  # [pairs, 2]
+                result = held_out_result(log_ratios)
+                metrics |= {f"eval_{name}": value for name, value in result.items()}
+            if rank == 0:
+                append_json(folder / "metrics.jsonl", [{"stage": stage, "preference": preference} | metrics])
+                for name, value in metrics.items():
+                    writer.add_scalar(f"stage{stage}/{name}", value, step)
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", pair_accuracy=f"{metrics['pair_accuracy']:.3f}")
+                bar.update()
+        bar.close()
+
+        # ---- The stage's files
+        save_model(policy, tokenizer, folder / f"stage{stage}")
+        if args.merge_q:
+            shards.append(copy_shards(policy))
+        results.append({"preference": preference, "loss": loss_name, "beta": beta, "eval": result})
+        if rank == 0:
+            append_json(
+                folder / "eval.jsonl",
+                [
+                    {"stage": stage, "preference": preference, "prompt": pair.prompt, "responses": pair.responses}
+                    | {"desirable": pair.desirable, "log_ratios": log_ratio}
+                    for pair, log_ratio in zip(held_out, log_ratios.tolist(), strict=True)
+                ],
+            )
+
+    # ---- P-SACPO: each rank mixes its own shards
+    for q in args.merge_q:
+        for name, value in policy.state_dict().items():
+            value.to_local().copy_(merge(shards[0][name], shards[1][name], q))
+        save_model(policy, tokenizer, folder / "merged" / f"q{q:g}")
+    if rank == 0:
+        (folder / "model").symlink_to(f"stage{len(results)}")  # the result of a run has one name in all scripts
+        seconds = time.time() - start_time
+        summary = {
+            "algorithm": "sacpo",
+            "seed": args.seed,
+            "dtype": str(dtype).removeprefix("torch."),
+            "processes": world,
+            "pairs": len(results) * steps * args.batch_size,
+            "pairs_per_second": len(results) * steps * args.batch_size / seconds,
+            "wall_seconds": seconds,
+            "skipped_updates": skipped,
+            "eval_pairs": len(log_ratios),
+            "stages": results,
+            "merged": [f"merged/q{q:g}" for q in args.merge_q],
+        }
+        write_json(folder / "summary.json", summary)
+        writer.close()
+        for stage, result in enumerate(results, start=1):
+            print(
+                f"stage {stage}, {result['preference']} by {result['loss']}: on {len(log_ratios)} held-out pairs "
+                f"accuracy {result['eval']['pair_accuracy']:.4f}, log-ratio of chosen responses "
+                f"{result['eval']['chosen_log_ratio']:+.2f}, of rejected {result['eval']['rejected_log_ratio']:+.2f}"
+            )
+        print(f"{seconds:.0f} s; written to {folder}")
+
+
+if __name__ == "__main__":
+    main(*start_processes())
+    shut_down()
