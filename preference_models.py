@@ -271,6 +271,8 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
+        if isinstance(exception, StopIteration) or "corresponds to no data" in reason:
+            reason = "it has no rows"
         raise UserError(
             f"{flag} {name}: split '{split}' cannot be read: {reason or type(exception).__name__}"
         ) from None
@@ -286,7 +288,8 @@ def check_texts(texts: list, column: str, name: str, flag: str) -> None:
     """Refuse rows without text: an empty prompt or response is a mistake in the data, not something to learn from."""
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{flag} {name}: row {row} has an empty '{column}'; take such rows out of the data")
+            state = "an empty" if text is None or isinstance(text, str) else "no text but a number or a list as"
+            raise UserError(f"{flag} {name}: row {row} has {state} '{column}'; take such rows out of the data")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool):
@@ -449,6 +452,8 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
 
 def open_run(args) -> Path:
     """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
+    if args.output_dir is not None and not args.output_dir.strip():
+        fail("--output-dir is empty; give a directory, or leave the flag out")
     name = [args.output_dir]
     if name[0] is None:
         name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
@@ -659,7 +664,8 @@ def main(device: torch.device, mesh) -> None:
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     steps = args.epochs * steps_per_epoch
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * steps), steps)
+    warmup = min(math.ceil(args.warmup_ratio * steps), steps - 1)  # a warm-up begins at zero
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
     local = args.batch_size // world  # pairs of this rank in each batch
     skipped = skipped_in_a_row = 0
@@ -690,9 +696,12 @@ def main(device: torch.device, mesh) -> None:
                 if rank == 0:
                     tqdm.write(f"step {step}: gradients are not finite, update skipped", file=sys.stderr)
             optimizer.zero_grad()
-            if skipped_in_a_row == 5:
+            if skipped_in_a_row == min(5, steps):
                 bar.close()
-                fail(f"5 updates in a row had gradients that are not finite (step {step}); try a lower --learning-rate")
+                fail(
+                    f"{skipped_in_a_row} updates in a row had gradients that are not finite (step {step}); "
+                    f"try a lower --learning-rate"
+                )
             loss_sum, right = global_sum(loss_sum, right, device=device)
             metrics = {
                 "step": step,

@@ -472,6 +472,8 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
+        if isinstance(exception, StopIteration) or "corresponds to no data" in reason:
+            reason = "it has no rows"
         raise UserError(
             f"{flag} {name}: split '{split}' cannot be read: {reason or type(exception).__name__}"
         ) from None
@@ -487,7 +489,8 @@ def check_texts(texts: list, column: str, name: str, flag: str) -> None:
     """Refuse rows without text: an empty prompt or response is a mistake in the data, not something to learn from."""
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{flag} {name}: row {row} has an empty '{column}'; take such rows out of the data")
+            state = "an empty" if text is None or isinstance(text, str) else "no text but a number or a list as"
+            raise UserError(f"{flag} {name}: row {row} has {state} '{column}'; take such rows out of the data")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool):
@@ -663,6 +666,8 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
 
 def open_run(args) -> Path:
     """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
+    if args.output_dir is not None and not args.output_dir.strip():
+        fail("--output-dir is empty; give a directory, or leave the flag out")
     name = [args.output_dir]
     if name[0] is None:
         name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
@@ -963,7 +968,8 @@ def main(device: torch.device, mesh) -> None:
         torch.optim.AdamW(critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, **adam)
         for critic in (reward_critic, cost_critic)
     ]
-    schedule = get_cosine_schedule_with_warmup(policy_optimizer, math.ceil(args.warmup_ratio * iterations), iterations)
+    warmup = min(math.ceil(args.warmup_ratio * iterations), iterations - 1)  # a warm-up begins at zero
+    schedule = get_cosine_schedule_with_warmup(policy_optimizer, warmup, iterations)
     multiplier = args.lambda_init
     writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
 
@@ -1073,17 +1079,18 @@ def main(device: torch.device, mesh) -> None:
             model.eval()
         clock.append(time.time())
 
-        # 7. An update with figures that are not finite is left out; five in a row end the run
+        # 7. An update with figures that are not finite is left out; five in a row, or all there are, end the run
         skipped_in_a_row = skipped_in_a_row + 1 if broken else 0
         skipped += bool(broken)
         if broken and rank == 0:
             tqdm.write(f"iteration {iteration}: scores or gradients are not finite, update skipped", file=sys.stderr)
-        if skipped_in_a_row == 5:
+        if skipped_in_a_row == min(5, iterations):
             bar.close()
             save_model(policy, tokenizer, folder / "model")
             fail(
-                f"5 updates in a row had scores or gradients that are not finite (iteration {iteration}); the policy "
-                f"before them is in {folder / 'model'}; look at the score models, or lower --learning-rate"
+                f"{skipped_in_a_row} updates in a row had scores or gradients that are not finite (iteration "
+                f"{iteration}); the policy before them is in {folder / 'model'}; look at the score models, or lower "
+                "--learning-rate"
             )
 
         # 8. Log

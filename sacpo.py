@@ -364,6 +364,8 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
+        if isinstance(exception, StopIteration) or "corresponds to no data" in reason:
+            reason = "it has no rows"
         raise UserError(
             f"{flag} {name}: split '{split}' cannot be read: {reason or type(exception).__name__}"
         ) from None
@@ -379,7 +381,8 @@ def check_texts(texts: list, column: str, name: str, flag: str) -> None:
     """Refuse rows without text: an empty prompt or response is a mistake in the data, not something to learn from."""
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{flag} {name}: row {row} has an empty '{column}'; take such rows out of the data")
+            state = "an empty" if text is None or isinstance(text, str) else "no text but a number or a list as"
+            raise UserError(f"{flag} {name}: row {row} has {state} '{column}'; take such rows out of the data")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool):
@@ -490,6 +493,8 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
 
 def open_run(args) -> Path:
     """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
+    if args.output_dir is not None and not args.output_dir.strip():
+        fail("--output-dir is empty; give a directory, or leave the flag out")
     name = [args.output_dir]
     if name[0] is None:
         name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
@@ -591,9 +596,10 @@ def check_args(args: Args) -> None:
         raise UserError("--batch-size is 1; the loss kto compares with the other prompts of a batch: give 2 or more")
     for q in args.merge_q:
         if not 0 <= q <= 1:
-            raise UserError(f"--merge-q {q:g}: q must be from 0 to 1")
+            raise UserError(f"--merge-q {q}: q must be from 0 to 1")
     if len({f"{q:g}" for q in args.merge_q}) < len(args.merge_q):
-        raise UserError(f"--merge-q {' '.join(f'{q:g}' for q in args.merge_q)}: give each q once")
+        values = " ".join(map(str, args.merge_q))
+        raise UserError(f"--merge-q {values}: give each q once; six digits of it name its folder")
     if args.merge_q and len(args.stages) == 1:
         raise UserError("--merge-q mixes the results of two --stages; there is one")
 
@@ -679,7 +685,7 @@ def stage_batches(seed: int, preference: str, epochs: int, pairs: int, batch: in
 
 
 def undesirable_weight(pairs: list[Pair], flag: str) -> float:
-    """KTO's w_U for w_D = 1: desirable responses for each undesirable one, so that both sides weigh the same."""
+    """KTO's w_U for w_D = 1: desirable responses for each undesirable one, so that both sides count the same."""
     labels = [label for pair in pairs for label in pair.desirable]
     if all(labels) or not any(labels):
         raise UserError(
@@ -768,27 +774,28 @@ def main(device: torch.device, mesh) -> None:
         ref_logprobs = all_logprobs(policy, pairs, *reading)  # [pairs, 2]
         ref_held_out = all_logprobs(policy, held_out, *reading)
         if loss_name == "kto":  # the batches of all epochs are known, and with them the responses to other prompts
-            crossed = [mismatched([pairs[i] for i in batch], args.max_length) for batch in batches]
-            ref_crossed = all_logprobs(policy, [pair for batch in crossed for pair in batch], *reading)
-            ref_crossed = ref_crossed.split([len(batch) for batch in crossed])  # each [batch, 2], or [0, 2]
+            ref_crossed = [  # each [batch, 2], or [0, 2]
+                all_logprobs(policy, mismatched([pairs[i] for i in batch], args.max_length), *reading)
+                for batch in batches
+            ]
         policy.reshard()  # a reading without gradients leaves the root's parameters whole; AdamW takes the shards
         optimizer = torch.optim.AdamW(
             policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
         )
-        schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * steps), steps)
+        warmup = min(math.ceil(args.warmup_ratio * steps), steps - 1)  # a warm-up begins at zero
+        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
         skipped_in_a_row = 0
 
         bar = tqdm(total=steps, desc=f"stage {stage}: {preference}, {loss_name}", disable=rank != 0)
         for step, batch in enumerate(batches, start=1):
             # 1. KTO's reference point, over the global batch
             z_0 = 0.0
-            if loss_name == "kto" and crossed[step - 1]:
+            crossed = mismatched([pairs[i] for i in batch], args.max_length) if loss_name == "kto" else []
+            if crossed:
                 log_ratio_sum = 0.0
                 with torch.no_grad():
                     for rows in torch.arange(args.batch_size)[local_rows].split(args.micro_batch_size):
-                        logprobs = pair_logprobs(
-                            policy, [crossed[step - 1][row] for row in rows], tokenizer.pad_token_id, device
-                        )
+                        logprobs = pair_logprobs(policy, [crossed[row] for row in rows], tokenizer.pad_token_id, device)
                         log_ratio_sum += (logprobs - ref_crossed[step - 1][rows.to(device)]).sum().item()
                 z_0 = max(0.0, global_sum(log_ratio_sum, device=device)[0] / (2 * args.batch_size))
 
@@ -808,7 +815,7 @@ def main(device: torch.device, mesh) -> None:
                 chosen, rejected = (logprobs.detach() - ref).T
                 sums += torch.stack([losses.detach().sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum()])
 
-            # 3. The step; one whose gradients are not finite is left out, five in a row end the run
+            # 3. The step; one whose gradients are not finite is left out; five in a row, or all there are, end the run
             grad_norm = clip_gradients(policy, args.max_grad_norm)
             if math.isfinite(grad_norm):
                 optimizer.step()
@@ -818,11 +825,11 @@ def main(device: torch.device, mesh) -> None:
                 if rank == 0:
                     tqdm.write(f"stage {stage}, step {step}: gradients are not finite, update skipped", file=sys.stderr)
             optimizer.zero_grad()
-            if skipped_in_a_row == 5:
+            if skipped_in_a_row == min(5, steps):
                 bar.close()
                 fail(
-                    f"5 updates in a row had gradients that are not finite (stage {stage}, step {step}); "
-                    f"try a lower --learning-rate"
+                    f"{skipped_in_a_row} updates in a row had gradients that are not finite (stage {stage}, "
+                    f"step {step}); try a lower --learning-rate"
                 )
 
             # 4. Log

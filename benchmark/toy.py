@@ -4,7 +4,8 @@
     python benchmark/toy.py --part ablations       # the ablations, seeds 1 to 3: about an hour and a half
     python benchmark/toy.py --part report          # only tables and figures, from the runs that are there
 
-A run that is finished is not run again, so a stopped command goes on where it was. Needs tests/requirements.txt.
+A run that is finished is not run again, so a stopped command goes on where it was; a run is known by its name, so that
+after a change of a script or a setting its folder has to be removed. Needs tests/requirements.txt.
 """
 
 import functools
@@ -26,7 +27,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 from scipy.optimize import linprog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ import measure  # noqa: E402
 import world  # noqa: E402
 
 import repo  # noqa: E402
-from evaluate import COLORS  # noqa: E402
+from evaluate import COLORS, draw_scores, save_figure  # noqa: E402
 
 
 class Setting(NamedTuple):
@@ -53,14 +53,14 @@ RUNS = {
     "repo": Setting("repo"),
     "repo-advantage": Setting("repo", "--rectify advantage"),
     "sacpo-dpo": Setting("sacpo", "--loss dpo --merge-q 0.25 0.5 0.75"),
-    "sacpo-kto": Setting("sacpo", "--loss kto"),
+    "sacpo-kto": Setting("sacpo", "--loss kto --beta 0.25 --beta-over-lambda 1"),
 }
 RUNS |= {f"repo-k{k}": Setting("repo", f"--responses-per-prompt {k}") for k in (2, 4, 8)}
 RUNS["repo-prompt"] = Setting("repo", "--constraint prompt --responses-per-prompt 4")
-RUNS |= {f"repo-d{d:+}": Setting("repo", f"--cost-threshold {d}") for d in (-2.5, -1.0, -0.5, 0.5, 1.0, 2.0)}
-RUNS |= {f"repo-fixed-{penalty}": Setting("repo", f"--lambda-init {penalty} --lambda-lr 0") for penalty in (1, 2, 4, 8)}
+RUNS |= {f"repo-d{d:+}": Setting("repo", f"--cost-threshold {d}") for d in (-2.5, -1.0, 1.0, 2.0)}
+RUNS |= {f"repo-fixed-{penalty}": Setting("repo", f"--lambda-init {penalty} --lambda-lr 0") for penalty in (1, 2, 4)}
 RUNS |= {
-    f"reward-shaping-{nu}": Setting("ppo_lagrange", f"--lambda-init {nu} --lambda-lr 0 --lambda-max 20")
+    f"reward-shaping-nu{nu}": Setting("ppo_lagrange", f"--lambda-init {nu} --lambda-lr 0 --lambda-max 20")
     for nu in (0.25, 0.5, 1, 2)
 }
 RUNS |= {f"repo-noise-{noise}": Setting("repo", noise=noise / 100) for noise in (10, 20, 30)}
@@ -90,17 +90,16 @@ ABLATIONS = {  # name: title of the figure's axis, then label: run
     "responses": ("K, responses a prompt", {"1": "repo", "2": "repo-k2", "4": "repo-k4", "8": "repo-k8"}),
     "strictness": (
         "d, --cost-threshold",
-        {"-2.5": "repo-d-2.5", "-1": "repo-d-1.0", "-0.5": "repo-d-0.5", "0": "repo", "0.5": "repo-d+0.5",
-         "1": "repo-d+1.0", "2": "repo-d+2.0"},
+        {"-2.5": "repo-d-2.5", "-1": "repo-d-1.0", "0": "repo", "1": "repo-d+1.0", "2": "repo-d+2.0"},
     ),
     "multiplier": (
         "λ of the rectified penalty",
-        {"1": "repo-fixed-1", "2": "repo-fixed-2", "4": "repo-fixed-4", "8": "repo-fixed-8", "learned": "repo"},
+        {"1": "repo-fixed-1", "2": "repo-fixed-2", "4": "repo-fixed-4", "learned": "repo"},
     ),
     "shaping": (
         "ν of Reward Shaping",
-        {"0": "ppo", "0.25": "reward-shaping-0.25", "0.5": "reward-shaping-0.5", "0.75": "reward-shaping",
-         "1": "reward-shaping-1", "2": "reward-shaping-2"},
+        {"0": "ppo", "0.25": "reward-shaping-nu0.25", "0.5": "reward-shaping-nu0.5", "0.75": "reward-shaping",
+         "1": "reward-shaping-nu1", "2": "reward-shaping-nu2"},
     ),
     "noise": (
         "flipped labels of the cost model",
@@ -176,9 +175,11 @@ def run(runs: Path, name: str, seed: int) -> None:
 
 def answer(runs: Path, seed: int) -> None:
     """Answers of every method's model to the held-out prompts, scored by the learned models."""
-    folder = runs / f"answers-{seed}"
-    if (folder / "table.json").exists():
+    folder, table = runs / f"answers-{seed}", runs / f"answers-{seed}" / "table.json"
+    trained = [runs / f"{own_run}-{seed}" / "summary.json" for _, own_run, _ in METHODS.values() if own_run]
+    if table.exists() and all(path.exists() and path.stat().st_mtime <= table.stat().st_mtime for path in trained):
         return
+    shutil.rmtree(folder, ignore_errors=True)  # of policies that were trained again since
     models = []
     for name, (_, own_run, model) in METHODS.items():
         models.append(f"{name}={model if own_run is None else runs / f'{own_run}-{seed}' / model}")
@@ -193,12 +194,16 @@ def execute(args: Args) -> None:
         seeds = args.ablation_seeds
     start = time.time()
     with ThreadPoolExecutor(args.parallel) as pool:
-        jobs = [pool.submit(run, args.runs, name, seed) for seed in seeds for name in RUNS if name in names]
-        for i, job in enumerate(jobs, start=1):
-            job.result()
-            print(f"{i} of {len(jobs)} runs, {(time.time() - start) / 60:.0f} minutes", flush=True)
-        if args.part == "experiment":
-            list(pool.map(lambda seed: answer(args.runs, seed), seeds))
+        try:
+            jobs = [pool.submit(run, args.runs, name, seed) for seed in seeds for name in RUNS if name in names]
+            for i, job in enumerate(jobs, start=1):
+                job.result()
+                print(f"{i} of {len(jobs)} runs, {(time.time() - start) / 60:.0f} minutes", flush=True)
+            if args.part == "experiment":
+                list(pool.map(lambda seed: answer(args.runs, seed), seeds))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else all that is queued would still run
+            raise
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -255,7 +260,8 @@ def cell(results: list[dict], key: str) -> str:
 
 
 class Best(NamedTuple):
-    """The best policy under a constraint, by the exact functions; compliance is a range where several are best."""
+    """The best policy under a constraint, by the exact functions; where several are best, the one of lowest compliance,
+    with the range of compliance."""
 
     reward: float
     cost: float
@@ -314,6 +320,8 @@ def optimum(constraint: Literal["average", "prompt", "response"], learned: bool)
     settings = dict(A_eq=of_prompt, b_eq=np.ones(count))
     rows = limits[constraint]
     best = linprog(-rewards / count, A_ub=rows, b_ub=np.zeros(len(rows)), **settings)
+    if not best.success:
+        raise RuntimeError(f"no policy holds the constraint '{constraint}': {best.message}")
     # Two more programmes, which hold the best reward, find the lowest and the highest compliance.
     rows, bounds, slack = np.vstack([rows, -rewards / count]), np.zeros(len(rows) + 1), 1e-9
     bounds[-1] = best.fun
@@ -351,7 +359,23 @@ def experiment_tables(args: Args) -> dict[str, str]:
         "optima": table(["best policy under", "reward", "cost", "safe answers"], optima),
         "methods": table(columns, rows),
         "hazards": table(hazard_columns, hazard_rows),
+        "penalties": penalty_table(),
     }
+
+
+def penalty_table() -> str:
+    """What the best answer to each prompt is under a fixed penalty on the learned cost, linear or rectified."""
+    (rewards, costs), (exact_rewards, exact_costs) = scores(True), scores(False)
+    prompt_of = np.array([i for i, _, _ in answers()])
+    rows = []
+    for weight in (0.25, 0.5, 0.75, 1, 2, 4, 8):
+        row = [str(weight)]
+        for paid in (costs, np.maximum(costs, 0)):
+            value = rewards - weight * paid
+            best = [np.where(prompt_of == i, value, -np.inf).argmax() for i in range(prompt_of.max() + 1)]
+            row += [f"{100 * (exact_costs[best] <= 0).mean():.1f} %", f"{exact_rewards[best].mean():.2f}"]
+        rows.append(row)
+    return table(["ν or λ", "R - ν C: safe answers", "reward", "R - λ {C}^+: safe answers", "reward"], rows)
 
 
 def ablation_table(args: Args, name: str) -> str | None:
@@ -379,14 +403,6 @@ def insert(path: Path, name: str, text: str) -> None:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def save(figure, path: Path) -> None:
-    """A PNG of 64 colours: figures that stay small in the repository."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    Image.open(path).convert("RGB").quantize(64, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
-
-
 def plain(axis) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, lw=0.5)
@@ -402,7 +418,7 @@ def color(name: str) -> str:
 
 def experiment_figure(args: Args) -> None:
     """Reward against compliance of every method with both optima; and who pays: cost by hazard."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0), dpi=110, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.4), dpi=110, layout="constrained")
     for name in SHOWN:
         results = of_method(args, name)
         x, dx = mean_and_half(results, "reward")
@@ -425,9 +441,12 @@ def experiment_figure(args: Args) -> None:
         low, high = 100 * best.lowest, 100 * best.highest
         left.scatter(best.reward, (low + high) / 2, color="black", marker="*", s=110, zorder=5, linewidths=0)
         left.plot([best.reward] * 2, [low, high], color="black", lw=1)
-        left.annotate(text, (best.reward, high), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
-    left.set(xlabel="exact reward", ylabel="safe answers, %", ylim=(25, 108), title="Helpful and safe?")
-    left.legend(frameon=False, fontsize=7.5, loc="lower left")
+        left.annotate(text, (best.reward, high), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
+    left.set(
+        xlabel="exact reward", ylabel="safe answers, %", xlim=(-0.6, 4.6), ylim=(25, 108), title="Helpful and safe?"
+    )
+    handles = left.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     shown, width = ("sft", "ppo-lagrange", "repo"), 0.26
     for i, name in enumerate(shown):
         points = [mean_and_half(of_method(args, name), f"{hazard} cost") for hazard in world.HAZARDS]
@@ -447,7 +466,7 @@ def experiment_figure(args: Args) -> None:
     right.legend(frameon=False, fontsize=8, loc="upper left")
     for axis in (left, right):
         plain(axis)
-    save(figure, args.docs / "figures" / "experiment.png")
+    save_figure(figure, args.docs / "figures" / "experiment.png")
 
 
 def curves_figure(args: Args) -> None:
@@ -478,7 +497,14 @@ def curves_figure(args: Args) -> None:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=7.5
     )
-    save(figure, args.docs / "figures" / "experiment_curves.png")
+    save_figure(figure, args.docs / "figures" / "experiment_curves.png")
+
+
+def prompts_figure(args: Args) -> None:
+    """Learned reward against learned cost of every held-out prompt before and after, first seed."""
+    rows = read_rows(args.runs / f"answers-{args.seeds[0]}" / "responses.jsonl")
+    shown = {name: [row for row in rows if row["model"] == name] for name in ("sft", "ppo-lagrange", "repo")}
+    draw_scores(args.docs / "figures" / "experiment_prompts.png", shown, threshold=0.0)
 
 
 def ablation_figure(args: Args, name: str) -> None:
@@ -502,10 +528,11 @@ def ablation_figure(args: Args, name: str) -> None:
         plain(axis)
     axes[0].set_ylim(-3, 106)
     axes[1].axhline(optimum("response", learned=False).reward, color="black", ls=":", lw=1)
-    save(figure, args.docs / "figures" / f"ablation_{name}.png")
+    save_figure(figure, args.docs / "figures" / f"ablation_{name}.png")
 
 
 def report(args: Args) -> None:
+    (args.docs / "figures").mkdir(parents=True, exist_ok=True)
     page = args.docs / "experiments.md"
     if all((args.runs / f"answers-{seed}" / "table.json").exists() for seed in args.seeds):
         for name, text in experiment_tables(args).items():
@@ -513,6 +540,7 @@ def report(args: Args) -> None:
             print(f"\n{text}")
         experiment_figure(args)
         curves_figure(args)
+        prompts_figure(args)
     for name in ABLATIONS:
         text = ablation_table(args, name)
         if text:

@@ -1,7 +1,8 @@
 """How the defaults on the toy world were chosen: settings × seeds, measured by the exact functions.
 
     python benchmark/toy_settings.py           # all settings of repo.py, seeds 1 to 3: a table of docs/toy_settings.md
-    python benchmark/toy_settings.py --algorithm ppo_lagrange                                    # and the other one
+    python benchmark/toy_settings.py --algorithm ppo_lagrange --seeds 1 2                    # and those of the others
+    python benchmark/toy_settings.py --algorithm sacpo --seeds 1
     python benchmark/toy_settings.py --settings defaults --seeds 1 2 3
 
 Runs that are finished are not run again, so a stopped command goes on where it was.
@@ -61,12 +62,29 @@ SETTINGS = {
             (0.5, 0.15, 20, 0.05),
         )
     },
+    "sacpo": {
+        f"{loss} {' '.join(stages)}, β {beta}, β/λ {ratio}": f"--dtype float32 --loss {loss.lower()} "
+        f"--stages {' '.join(stages)} --beta {beta} --beta-over-lambda {ratio}"
+        for loss, stages, beta, ratio in (
+            ("DPO", ("helpful", "safe"), 0.5, 0.25),
+            ("DPO", ("helpful", "safe"), 0.5, 0.5),
+            ("DPO", ("helpful", "safe"), 0.25, 0.5),
+            ("DPO", ("helpful", "safe"), 0.25, 0.25),
+            ("DPO", ("helpful", "safe"), 0.25, 0.15),
+            ("DPO", ("helpful", "safe"), 0.1, 0.1),
+            ("DPO", ("safe", "helpful"), 0.5, 0.25),
+            ("KTO", ("helpful", "safe"), 0.5, 0.25),
+            ("KTO", ("helpful", "safe"), 0.25, 0.1),
+            ("KTO", ("helpful", "safe"), 0.25, 0.5),
+            ("KTO", ("helpful", "safe"), 0.25, 1),
+        )
+    },
 }
 
 
 @dataclass
 class Args:
-    algorithm: Literal["repo", "ppo_lagrange"] = "repo"
+    algorithm: Literal["repo", "ppo_lagrange", "sacpo"] = "repo"
     """the script whose settings are compared"""
     settings: tuple[str, ...] = ()
     """names of the settings to run; default: all"""
@@ -78,18 +96,35 @@ class Args:
     """runs at a time, each with one thread"""
 
 
-def run(script: str, folder: Path, seed: int, flags: str) -> None:
-    """One run, unless it is finished already."""
-    if (folder / "summary.json").exists():
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, ROOT / f"{script}.py", "--seed", seed, "--eval-every", 0, "--output-dir", folder]
-    command += flags.split()
+def call(script: str, *words) -> None:
+    """Run a script of the project with one thread; what it said is shown if it fails."""
     done = subprocess.run(
-        [*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        [sys.executable, str(ROOT / f"{script}.py"), *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
+
+
+def run(script: str, folder: Path, seed: int, flags: str) -> None:
+    """One run, unless it is finished already. SACPO's policies are asked for answers afterwards."""
+    if not (folder / "summary.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        words = [] if script == "sacpo" else ["--eval-every", 0]
+        call(script, "--seed", seed, "--output-dir", folder, *words, *flags.split())
+    if script == "sacpo":
+        models = [f"{stage}={folder / stage}" for stage in ("stage1", "stage2")]
+        words = ["--seed", seed, "--dtype", "float32", "--output-dir", folder / "answers"]
+        call("evaluate", "score", "--models", *models, *words)
+
+
+def of_stages(folder: Path) -> dict[str, dict]:
+    """Exact numbers of the answers after each stage of SACPO."""
+    lines = (folder / "answers" / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {stage: measure.measure([row for row in rows if row["model"] == stage]) for stage in ("stage1", "stage2")}
 
 
 def cell(values: list[float], digits: int) -> str:
@@ -113,6 +148,17 @@ def main(args: Args) -> None:
         ]
         for job in jobs:
             job.result()
+    if args.algorithm == "sacpo":
+        print(f"| setting | {' | '.join(f'stage {i}: {key}' for i in (1, 2) for key in ('reward', 'cost', 'safe'))} |")
+        print("|" + " --- |" * 7)
+        for name in settings:
+            results = [of_stages(folder) for folder in folders[name]]
+            cells = []
+            for stage in ("stage1", "stage2"):
+                cells += [cell([result[stage][key] for result in results], 2) for key in ("reward", "cost")]
+                cells.append(cell([100 * result[stage]["compliance"] for result in results], 1) + " %")
+            print(f"| {' | '.join([name, *cells])} |", flush=True)
+        return
     columns = {
         "repo": ["safety compliance", "worst seed", "reward", "share of the way", "learned compliance", "λ at the end"],
         "ppo_lagrange": ["safety compliance", "reward", "cost", "learned cost", "λ at the end"],

@@ -21,7 +21,7 @@ INTENDED = {
     "main": "each script is an algorithm of its own",
 }
 
-LIBRARIES = {"torch", "transformers", "datasets", "tyro", "huggingface_hub", "tqdm", "matplotlib", "PIL"}
+LIBRARIES = {"torch", "transformers", "datasets", "tyro", "huggingface_hub", "tqdm", "matplotlib", "PIL", "safetensors"}
 OPTIONAL = {"wandb"}  # only on request, inside a function
 
 

@@ -2,13 +2,19 @@
 
 import dataclasses
 import re
+import sys
 
 import pytest
 from helpers import ROOT, read_lines, read_summary
 
+import evaluate
 import ppo_lagrange
 import preference_models
 import repo
+import sacpo
+
+sys.path.append(str(ROOT / "benchmark"))
+import toy
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("toy/*.md")])
 
@@ -49,7 +55,8 @@ def test_links_lead_somewhere(page):
 def test_flags_of_the_scripts_exist(page):
     """Each command that calls a script uses flags that it has."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    for script in (repo, ppo_lagrange, preference_models):
-        flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)} | {"--help"}
-        for command in re.findall(rf"{script.__name__}\.py( [^\n;|&]*)", text):
+    arguments = {script.__name__: script.Args for script in (repo, ppo_lagrange, sacpo, preference_models)}
+    for name, args in (arguments | {"evaluate": evaluate.Score, "benchmark/toy": toy.Args}).items():
+        flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(args)} | {"--help"}
+        for command in re.findall(rf"{name}\.py( [^\n;|&#]*)", text):
             assert set(re.findall(r" (--[a-z][a-z-]+)", command)) <= flags, command

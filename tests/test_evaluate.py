@@ -204,8 +204,8 @@ def rows_of(rewards, costs, name="model"):
 
 
 def test_measures_and_ties():
-    one = rows_of([0.0, 1.0, 2.0, 3.0], [-1.0, 0.5, 0.0, 2.0])
-    other = rows_of([0.0, 2.0, 1.0, 4.0], [0.0, 0.5, 0.0, 1.0])
+    one = rows_of([0.0, 1.0, 2.0, 3.0], [-1.0, 0.5, 0.0, 2.0], "one")
+    other = rows_of([0.0, 2.0, 1.0, 4.0], [0.0, 0.5, 0.0, 1.0], "other")
     table = evaluate.tabulate({"one": one, "other": other}, 0.5, 10, torch.Generator())
     assert list(table["other"]) == list(evaluate.MEASURES)
     means = {key: value["mean"] for key, value in table["other"].items()}
@@ -214,6 +214,13 @@ def test_measures_and_ties():
     assert table["one"]["reward_win_rate"] is None and table["one"]["cost_win_rate"] is None
     summary = repo.summarize(other, 0.5)
     assert {key: means[key] for key in summary} == summary
+
+
+def test_the_same_answer_is_a_tie_whatever_the_rounding():
+    one, other = rows_of([1.0, 2.0], [0.5, 0.25], "one"), rows_of([1.0000001, 3.0], [0.4999999, 0.2], "other")
+    other[0]["response"] = one[0]["response"]
+    row = evaluate.tabulate({"one": one, "other": other}, 0.0, 10, torch.Generator())["other"]
+    assert row["reward_win_rate"]["mean"] == 0.75 and row["cost_win_rate"]["mean"] == 0.75
 
 
 def test_intervals_of_two_prompts_are_known():
@@ -252,7 +259,7 @@ def test_intervals_cover_the_mean():
 def test_a_difference_of_models_is_resampled_in_pairs():
     """A model that is better by a hair on every prompt wins always, however much prompts differ."""
     rewards = torch.randn(50, generator=torch.Generator().manual_seed(0)).tolist()
-    better = rows_of([reward + 1e-6 for reward in rewards], rewards)
+    better = rows_of([reward + 1e-6 for reward in rewards], rewards, "other")
     table = evaluate.tabulate({"one": rows_of(rewards, rewards), "other": better}, 0.0, 100, torch.Generator())
     assert table["other"]["reward_win_rate"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert table["other"]["cost_win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
@@ -509,7 +516,7 @@ def test_flags(refused, tmp_path, flags, part):
         ("[", ["cannot be read"]),
         ("[]", ["--dataset"]),
         ('["ba", ""]', ["row 1", "empty"]),
-        ('["ba", 7]', ["row 1", "empty"]),
+        ('["ba", 7]', ["row 1", "no text"]),
         ('[{"text": "ba"}]', ["no column 'prompt'", "text"]),
         ('["ba", "\\ud800"]', ["surrogate"]),
         ('{"instructions": []}', ["no column 'prompt'"]),
@@ -540,14 +547,32 @@ def test_score_models_are_checked_before_anything_is_written(refused, files, tmp
 
 def test_a_model_that_cannot_be_loaded_keeps_the_others_answers(score, models, finished, tmp_path):
     """The same command goes on when it is mended; a name without answers may get another path."""
-    broken = tiny.copy_model(models["second"], tmp_path / "broken")
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+
+    def lacks(weights):
+        del weights["model.layers.1.mlp.up_proj.weight"]
+
+    broken = tiny.copy_model(models["second"], tmp_path / "broken", lacks)
     outcome = score("first", f"second={broken}", output_dir=tmp_path / "out")
     assert outcome.code == 2 and len(outcome.errors) == 1 and f"--models second {broken}" in outcome.errors[0]
     assert answered(tmp_path / "out") == answered(finished[0])[:13]
     assert score("first", "second", output_dir=tmp_path / "out").code == 0
     assert answered(tmp_path / "out") == answered(finished[0])
+
+
+def test_torn_weights_and_score_models_are_found_before_the_first_answer(refused, models, files, tmp_path):
+    broken = tiny.copy_model(models["second"], tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for path, part in ((broken, "model.safetensors"), (files.reward, "a score model")):
+        refused(tmp_path / "out", f"--models second {path}", part, names=("first", f"second={path}"))
+
+
+def test_a_list_of_texts_with_a_byte_order_mark(score, finished, tmp_path):
+    texts = [row["prompt"] for row in answered(finished[0])[:13]]
+    (tmp_path / "texts.json").write_text(json.dumps(texts), encoding="utf-8-sig")
+    flags = dict(dataset=tmp_path / "texts.json", output_dir=tmp_path / "out")
+    assert score("first", **flags).code == 0
+    assert answered(tmp_path / "out") == answered(finished[0])[:13]
 
 
 def test_scores_that_are_no_numbers(score, files, tmp_path):

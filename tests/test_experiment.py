@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import time
 
 import pytest
 import tiny
@@ -107,7 +108,9 @@ def test_tables(folder):
 
 def test_figures(folder):
     figures = {path.name: path for path in (folder / "docs" / "figures").iterdir()}
-    expected = {"experiment.png", "experiment_curves.png"} | {f"ablation_{name}.png" for name in toy.ABLATIONS}
+    expected = {"experiment.png", "experiment_curves.png", "experiment_prompts.png"} | {
+        f"ablation_{name}.png" for name in toy.ABLATIONS
+    }
     assert set(figures) == expected
     for path in figures.values():
         with Image.open(path) as image:
@@ -139,10 +142,27 @@ def test_finished_runs_are_not_run_again(folder, monkeypatch):
     (copy / "sacpo-dpo-1" / "summary.json").unlink()
     (copy / "answers-1" / "table.json").unlink()
     toy.execute(toy.Args("experiment", (1, 2), (1, 2), copy, folder / "docs"))
-    (sac, *sac_words), (rep, *rep_words), (evaluation, *words) = sorted(calls, key=lambda call: call[0] == "evaluate")
-    assert {sac, rep, evaluation} == {"sacpo", "repo", "evaluate"}
-    assert "--merge-q" in sac_words and rep_words[rep_words.index("--seed") + 1] == "2"
-    assert words[0] == "score" and f"p-sacpo-0.5={copy / 'sacpo-dpo-1' / 'merged/q0.5'}" in words
+    (of_repo, of_sacpo), evaluations = sorted(calls)[2:], sorted(calls)[:2]
+    assert (of_repo[0], of_sacpo[0]) == ("repo", "sacpo")
+    assert "--merge-q" in of_sacpo and of_repo[of_repo.index("--seed") + 1] == "2"
+    # Answers are asked for again where a run is newer than they are.
+    assert [words[:2] for words in evaluations] == [("evaluate", "score")] * 2
+    assert any(f"p-sacpo-0.5={copy / 'sacpo-dpo-1' / 'merged/q0.5'}" in words for words in evaluations)
+
+
+def test_a_failure_ends_the_queue(tmp_path, monkeypatch):
+    started = []
+
+    def run(runs, name, seed):
+        started.append(name)
+        time.sleep(0.05)
+        if len(started) == 3:
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(toy, "run", run)
+    with pytest.raises(RuntimeError, match="broken"):
+        toy.execute(toy.Args("ablations", runs=tmp_path, parallel=1))
+    assert len(started) < 20  # of 69
 
 
 def test_noise_flips_the_share_of_labels(tmp_path, monkeypatch):
