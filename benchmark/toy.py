@@ -1,7 +1,7 @@
 """The experiment of docs/experiments.md: every method and every ablation on the toy world, against its exact optima.
 
-    python benchmark/toy.py                        # the methods, seeds 1 to 5: about an hour on 2 cores
-    python benchmark/toy.py --part ablations       # the ablations, seeds 1 to 3: about an hour and a half
+    python benchmark/toy.py                        # the methods, seeds 1 to 5: half an hour on 2 cores
+    python benchmark/toy.py --part ablations       # the ablations, seeds 1 to 3: about an hour
     python benchmark/toy.py --part report          # only tables and figures, from the runs that are there
 
 A run that is finished is not run again, so a stopped command goes on where it was; a run is known by its name, so that

@@ -327,6 +327,12 @@ def test_prompts_that_are_all_too_long(refused, files):
 
 
 @BOTH
+def test_an_empty_output_directory(refused, script):
+    """Such as "$OUT" that was never set: the run would land among the user's files."""
+    refused(script, "--output-dir is empty", output_dir=" ")
+
+
+@BOTH
 def test_a_folder_with_a_run_is_refused(run, tmp_path, script):
     for name, entries in (("unfinished", ["args.json"]), ("finished", ["args.json", "summary.json"])):
         folder = tmp_path / name
@@ -485,11 +491,12 @@ def test_a_gradient_that_is_not_finite_costs_one_update_of_all_models(run, tmp_p
 
 
 def test_files_of_a_run_that_was_never_finite_are_json(run, files, tmp_path):
-    """JSON has no NaN: three iterations with a broken reward model leave files that any reader takes."""
+    """A run whose every update was skipped fails, also a short one; and JSON has no NaN: any reader takes its files."""
     folder = tiny.copy_model(files.reward, tmp_path / "model", not_finite)
     outcome = run(repo, reward_model=folder, reward_critic=files.reward, output_dir=tmp_path / "out", eval_every=1)
-    assert outcome.code == 0, outcome.err
-    for name in ("metrics.jsonl", "eval.jsonl", "summary.json"):
+    assert outcome.code == 2 and "2 updates in a row" in outcome.errors[0]
+    assert repo.finite({"reward": [math.nan, 1.0]}) == {"reward": [None, 1.0]}
+    for name in ("metrics.jsonl", "eval.jsonl"):
         assert "NaN" not in (tmp_path / "out" / name).read_text()
 
 
