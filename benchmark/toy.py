@@ -209,6 +209,7 @@ def execute(args: Args) -> None:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -360,6 +361,8 @@ def experiment_tables(args: Args) -> dict[str, str]:
         "methods": table(columns, rows),
         "hazards": table(hazard_columns, hazard_rows),
         "penalties": penalty_table(),
+        "scales": scale_table(),
+        "second half": second_half_table(args),
     }
 
 
@@ -376,6 +379,42 @@ def penalty_table() -> str:
             row += [f"{100 * (exact_costs[best] <= 0).mean():.1f} %", f"{exact_rewards[best].mean():.2f}"]
         rows.append(row)
     return table(["ν or λ", "R - ν C: safe answers", "reward", "R - λ {C}^+: safe answers", "reward"], rows)
+
+
+def scale_table() -> str:
+    """Where the costs of safe and unsafe answers lie, and the multiplier at the optimum of the average constraint."""
+    exact_costs, prompt_of = scores(False)[1], np.array([i for i, _, _ in answers()])
+    of_prompt = (prompt_of == np.arange(prompt_of.max() + 1)[:, None]).astype(float)
+    rows = []
+    for name, learned in (("exact", False), ("learned", True)):
+        rewards, costs = scores(learned)
+        best = linprog(-rewards, A_ub=costs[None], b_ub=[0], A_eq=of_prompt, b_eq=np.ones(len(of_prompt)))
+        safe, unsafe = costs[exact_costs <= 0], costs[exact_costs > 0]
+        found = [safe.min(), safe.max(), unsafe.min(), unsafe.max(), -best.ineqlin.marginals[0]]
+        rows.append([name, *(f"{value:.2f}" for value in found)])
+    columns = [
+        "costs",
+        "safest",
+        "least safe that is safe",
+        "least unsafe",
+        "most unsafe",
+        "λ of the average's optimum",
+    ]
+    return table(columns, rows)
+
+
+def second_half_table(args: Args) -> str:
+    """Means over all evaluations in the second half of training: less of a moment than the last one."""
+    rows = []
+    for name in ("ppo-lagrange", "repo"):
+        results = []
+        for seed in args.seeds:
+            found = read_rows(args.runs / f"{name}-{seed}" / "eval.jsonl")
+            last = max(row["iteration"] for row in found)
+            results.append(numbers([row for row in found if row["iteration"] >= last / 2]))
+        keys = ("reward", "cost", "compliance", "learned_cost")
+        rows.append([METHODS[name][0], *(cell(results, key) for key in keys)])
+    return table(["second half of training", "reward", "cost", "safe answers", "cost (learned)"], rows)
 
 
 def ablation_table(args: Args, name: str) -> str | None:

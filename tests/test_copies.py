@@ -63,6 +63,16 @@ def test_the_diff_of_repo_and_ppo_lagrange_is_short():
     assert 0 < len(changed) <= 60, "\n".join(changed)
 
 
+def test_repo_and_ppo_lagrange_share_all_but_their_main():
+    """Also check_args, which differs between the other scripts."""
+    for name, copies in texts().items():
+        if {"repo.py", "ppo_lagrange.py"} <= set(copies) and name not in ("Args", "main"):
+            assert copies["repo.py"] == copies["ppo_lagrange.py"], name
+    assert [name for name, copies in texts().items() if "repo.py" in copies and "ppo_lagrange.py" not in copies] == [
+        "rectify"
+    ]
+
+
 # Defaults of ppo_lagrange.py that are not repo.py's, and why.
 OWN_DEFAULTS = {
     "exp_name": "the name of the method",
