@@ -24,6 +24,7 @@ The same command with the same --output-dir goes on where it stopped; a model ad
 
 import contextlib
 import dataclasses
+import datetime
 import gc
 import hashlib
 import io
@@ -50,6 +51,7 @@ import tyro
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from tqdm import tqdm
@@ -118,7 +120,7 @@ class Score:
     prompt_column: str = "prompt"
     """column that holds the prompts"""
     prompt_template: str = "{prompt}"
-    """text put around a prompt; the response follows it directly"""
+    """text put around a prompt, the response follows it directly; "chat" takes the tokenizer's chat template"""
     score_prompt_template: str | None = None
     """template that the score models were trained with; default: the policies'"""
     max_prompt_length: int = 64
@@ -278,9 +280,12 @@ class Responses:
 
 @torch.no_grad()
 def sample_responses(
-    policy, tokenizer, prompts: list[list[int]], uniforms: torch.Tensor, temperature: float, device
+    policy, tokenizer, prompts: list[list[int]], uniforms: torch.Tensor, temperature: float, device, whole: bool = True
 ) -> Responses:
-    """Sample a response to each prompt (token ids); uniforms: [batch, max_new_tokens]."""
+    """Sample a response to each prompt (token ids); uniforms: [batch, max_new_tokens].
+
+    whole: whether every rank holds all parameters meanwhile.
+    """
     prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_token_id, side="left")
     length = prompt_ids.shape[1]
     eos_ids = policy.generation_config.eos_token_id
@@ -294,12 +299,12 @@ def sample_responses(
         pad_token_id=tokenizer.pad_token_id,
     )
     own_config, policy.generation_config = policy.generation_config, config
-    with unsharded(policy):
+    with unsharded(policy) if whole else contextlib.nullcontext():
         sequences = policy.generate(
             prompt_ids.to(device),
             attention_mask=prompt_mask.to(device),
             logits_processor=[InverseSampler(uniforms.to(device), length, temperature)],
-            synced_gpus=False,  # parameters are whole during decoding: ranks need not walk in step
+            synced_gpus=not whole,  # with parameters that are gathered for each token, ranks must walk in step
         )
     policy.generation_config = own_config
     ends = torch.isin(sequences[:, length:], torch.tensor(sorted(eos_ids), device=device)).long()
@@ -347,13 +352,17 @@ def agreed():
 
 
 def start_processes():
-    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh over all processes)."""
+    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh).
+
+    The mesh is [processes], or [nodes, processes of a node] where there are several of both: FSDP2 then shards a model
+    inside each node and replicates it across nodes (hybrid sharding), where the network is slower.
+    """
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
+    if "RANK" in os.environ:  # rank 0 may be downloading while the others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     transformers.logging.set_verbosity_error()
@@ -361,7 +370,10 @@ def start_processes():
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 1 < local < world and world % local == 0:
+        return device, init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    return device, init_device_mesh(device.type, (world,))
 
 
 def read_args(cls, check):
@@ -424,8 +436,11 @@ def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
     return name
 
 
-def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str, list]:
-    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
+def load_rows(name: str, split: str, columns: list[str], flag: str, others: tuple[str, ...] = ()) -> dict[str, list]:
+    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub.
+
+    others: the columns of another form that the data may have instead.
+    """
     readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(locate(name, "dataset", flag))
     try:
@@ -436,6 +451,8 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
             rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
         else:
             rows = datasets.load_dataset(name, split=split)
+        if others and set(others) <= set(rows.column_names):
+            columns = others
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
@@ -446,7 +463,9 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
         ) from None
     missing = [column for column in columns if column not in values]
     if missing:
-        raise UserError(f"{flag} {name}: no column '{missing[0]}'; the columns are {', '.join(rows.column_names)}")
+        expected = f" (nor all of {', '.join(others)})" if others else ""
+        there = ", ".join(rows.column_names)
+        raise UserError(f"{flag} {name}: no column '{missing[0]}'{expected}; the columns are {there}")
     if len(rows) == 0:
         raise UserError(f"{flag} {name}: split '{split}' has no rows")
     return values
@@ -485,14 +504,39 @@ def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) 
     return ids, mask
 
 
+def in_template(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
+    """Tokens of prompts in their template, each with its response directly behind it where responses are given.
+
+    The template "chat" is the tokenizer's own: the prompt as the user's turn, then the head of the assistant's. It
+    brings its special tokens along.
+    """
+    if template == "chat":
+        if not tokenizer.chat_template:
+            raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; give one with {{prompt}}")
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    else:
+        texts = [template.replace("{prompt}", prompt) for prompt in prompts]
+    if responses is not None:
+        texts = [text + response for text, response in zip(texts, responses, strict=True)]
+    return tokenizer(texts, add_special_tokens=template != "chat")["input_ids"] if texts else []
+
+
+def encode_prompts(tokenizer, template: str, prompts: list[str], source: str) -> list[list[int]]:
+    """Tokens of prompts in their template, for a policy to go on from; source: flag and name of the data."""
+    encoded = in_template(tokenizer, template, prompts)
+    # Some tokenizers end every text in EOS; a prompt that has ended would leave nothing to answer.
+    encoded = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
+    if [] in encoded:
+        raise UserError(f"{source}: the prompt {prompts[encoded.index([])]!r} has no tokens; take it out of the data")
+    return encoded
+
+
 def encode_scored(
     tokenizer, prompts: list[str], responses: list[str], template: str, max_length: int
 ) -> list[list[int]]:
     """Tokens of prompt, response and EOS as a score model reads them; a text over max_length tokens loses its end."""
-    texts = [
-        template.replace("{prompt}", prompt) + response for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    encoded = tokenizer(texts)["input_ids"] if texts else []
+    encoded = in_template(tokenizer, template, prompts, responses)
     eos = tokenizer.eos_token_id
     return [(ids if ids[-1:] == [eos] else [*ids, eos])[:max_length] for ids in encoded]
 
@@ -503,6 +547,7 @@ class ScoreModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.tie_weights = model.tie_weights
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Scores of all tokens in float32, [batch, length]; padding may stand on either side."""
@@ -532,27 +577,43 @@ def text_scores(model: ScoreModel, input_ids: torch.Tensor, attention_mask: torc
 
 
 def load_pretrained(
-    cls, name: str, dtype: torch.dtype, flag: str, trust_remote_code: bool, fresh=(), left=(), **config
+    cls,
+    name: str,
+    dtype: torch.dtype,
+    flag: str,
+    trust_remote_code: bool,
+    fresh: tuple[str, ...] = (),
+    left: tuple[str, ...] = (),
+    key_mapping: dict[str, str] | None = None,
+    **config,
 ):
-    """A model of the library's class `cls`, with every weight accounted for.
+    """A model of the library's class `cls`: with its weights on rank 0, on the meta device elsewhere (see `shard`).
 
-    fresh: weights that the checkpoint may lack, left: weights of it that may stay behind. Any other is an error.
-    Only safetensors are read: a pickle could run code.
+    Every weight is accounted for. fresh: weights that the checkpoint may lack; left: first letters of those that may
+    stay behind; key_mapping: other names of weights. Anything else is an error. Only safetensors are read: a pickle
+    could run code.
     """
     try:
-        model, info = cls.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to name them below
-            **config,
-        )
+        if dist.get_rank() == 0:
+            model, info = cls.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them below
+                key_mapping=key_mapping,
+                **config,
+            )
+        else:
+            settings = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **config)
+            with torch.device("meta"):
+                model = cls.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+            info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     except Exception as exception:
         raise UserError(f"{flag} {name} cannot be loaded: {exception}") from None
     missing = sorted(set(info["missing_keys"]) - set(fresh))
-    unexpected = sorted(set(info["unexpected_keys"]) - set(left))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(tuple(left)))
     if missing or unexpected or info["mismatched_keys"]:
         raise UserError(
             f"{flag} {name} does not fit {cls.__name__}: weights missing {missing[:3]}, unexpected {unexpected[:3]}, "
@@ -581,25 +642,51 @@ def load_score_model(name: str, dtype: torch.dtype, flag: str, seed: int, trust_
             raise UserError(f"{flag} {name} has {config.num_labels} labels; a score model has one")
         biased = architecture.endswith("ForTokenClassification")  # the class that keeps a bias of the head
         cls = AutoModelForTokenClassification if biased else AutoModelForSequenceClassification
-        return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code))
+        model = load_pretrained(cls, name, dtype, flag, trust_remote_code)
+        if not hasattr(model, "score"):
+            raise UserError(f"{flag} {name} is a {architecture}, whose head scores no tokens; give a decoder's")
+        return ScoreModel(model)
+    if architecture.endswith("ForScore"):  # Safe RLHF's own class (arXiv 2310.12773): the head has a bias
+        cls, names = AutoModelForTokenClassification, {r"^score_head\.": "score."}
+        left = ("normalizer.",)  # statistics that its training kept beside the model
+        return ScoreModel(
+            load_pretrained(cls, name, dtype, flag, trust_remote_code, left=left, key_mapping=names, num_labels=1)
+        )
     if not fresh_head:
         raise UserError(f"{flag} {name} is a {architecture or 'model'} without a score head; give a score model")
     torch.manual_seed(seed)
-    cls, head, lm_head = AutoModelForSequenceClassification, {"score.weight"}, {"lm_head.weight"}
+    cls, head, lm_head = AutoModelForSequenceClassification, ("score.weight",), ("lm_head.weight",)
     return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code, head, lm_head, num_labels=1))
 
 
 def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
     """FSDP2: each transformer block is gathered when it computes, the rest with the root.
 
+    The weights are those of rank 0, the only process that ever holds them all; they reach the others tensor by tensor.
     The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
     """
+    weights = model.state_dict() if dist.get_rank() == 0 else {}
+    # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
+    buffers = {key: buffer for key, buffer in model.named_buffers() if key not in weights}
+    extra = [buffers, getattr(model, "generation_config", None)]
+    dist.broadcast_object_list(extra)
+    model.to_empty(device="meta")
+    model.tie_weights()  # moving a model between devices parts what is tied
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     for module in [module for module in model.modules() if type(module).__name__ in blocks]:
         fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    return fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    model.tie_weights()
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for key, buffer in extra[0].items():
+        module, _, name = key.rpartition(".")
+        setattr(model.get_submodule(module), name, buffer.to(mesh.device_type))
+    if extra[1] is not None:
+        model.generation_config = extra[1]
+    return model
 
 
 @contextlib.contextmanager
@@ -693,16 +780,17 @@ def load_scorer(args: Args, name: str, flag: str, tokenizer, dtype: torch.dtype)
     """A score model, frozen; reads the policy's tokens as they are where vocabulary and template agree."""
     scorer_tokenizer = load_tokenizer(name, args.trust_remote_code)
     template = args.score_prompt_template or args.prompt_template
-    shares_tokens = same_tokens(tokenizer, scorer_tokenizer) and template == args.prompt_template
+    in_template(scorer_tokenizer, template, ["{prompt}"])  # a tokenizer without a chat template is found here
+    shares_tokens = template == args.prompt_template and same_tokens(tokenizer, scorer_tokenizer, template)
     model = load_score_model(name, dtype, flag, args.seed, args.trust_remote_code)
     return Scorer(model.requires_grad_(False), scorer_tokenizer, template, shares_tokens)
 
 
-def same_tokens(one, other) -> bool:
-    """Whether two tokenizers give every text the same ids."""
-    probe = "How do I clean the kettle? Use 2 lemons."
+def same_tokens(one, other, template: str = "{prompt}") -> bool:
+    """Whether two tokenizers give every text in the template the same ids."""
+    probe = ["How do I clean the kettle? Use 2 lemons."]
     same_vocabulary = one.get_vocab() == other.get_vocab() and one.eos_token_id == other.eos_token_id
-    return same_vocabulary and one(probe)["input_ids"] == other(probe)["input_ids"]
+    return same_vocabulary and in_template(one, template, probe) == in_template(other, template, probe)
 
 
 # ======================================================================================================================
@@ -723,7 +811,7 @@ def check_args(args: Args) -> None:
         ("--prompt-template", args.prompt_template),
         ("--score-prompt-template", args.score_prompt_template or "{prompt}"),
     ):
-        if "{prompt}" not in template:
+        if "{prompt}" not in template and template != "chat":
             raise UserError(f"{flag} '{template}' has no {{prompt}} in it")
     named_models(args.models)
 
@@ -779,21 +867,11 @@ def read_prompts(args: Args) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def encode_prompts(args: Args, tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each prompt in the template."""
-    encoded = tokenizer([args.prompt_template.replace("{prompt}", text) for text in texts])["input_ids"]
-    # Some tokenizers end every text in EOS; a prompt that has ended would leave nothing to answer.
-    encoded = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
-    if [] in encoded:
-        text = texts[encoded.index([])]
-        raise UserError(f"--dataset {args.dataset}: the prompt {text!r} has no tokens; take it out of the data")
-    return encoded
-
-
 def choose_prompts(args: Args, tokenizers: dict) -> tuple[list[str], dict[str, list[list[int]]]]:
     """The prompts that all models answer, and their token ids for each model, which may have a tokenizer of its own."""
     texts = read_prompts(args)
-    encoded = {name: encode_prompts(args, tokenizer, texts) for name, tokenizer in tokenizers.items()}
+    template, source = args.prompt_template, f"--dataset {args.dataset}"
+    encoded = {name: encode_prompts(tokenizer, template, texts, source) for name, tokenizer in tokenizers.items()}
     fits = [max(map(len, ids)) <= args.max_prompt_length for ids in zip(*encoded.values(), strict=True)]
     dropped = fits.count(False)
     if dropped == len(texts):
@@ -807,7 +885,7 @@ def choose_prompts(args: Args, tokenizers: dict) -> tuple[list[str], dict[str, l
 
 def reads_tokens_of(args: Args, scorer: Scorer, tokenizer) -> bool:
     """Whether a score model reads a policy's token ids as they are: vocabulary and template agree."""
-    return same_tokens(tokenizer, scorer.tokenizer) and scorer.template == args.prompt_template
+    return scorer.template == args.prompt_template and same_tokens(tokenizer, scorer.tokenizer, scorer.template)
 
 
 def check_room(args: Args, config, longest: int, flag: str) -> None:
@@ -831,7 +909,7 @@ def load_config(name: str, flag: str, trust_remote_code: bool):
 def check_weights(name: str, config, flag: str) -> None:
     """Refuse a score model and a torn file of weights before other models have answered for hours."""
     architecture = (config.architectures or [""])[0]
-    if architecture.endswith(("ForSequenceClassification", "ForTokenClassification")):
+    if architecture.endswith(("ForSequenceClassification", "ForTokenClassification", "ForScore")):
         raise UserError(f"{flag} {name} is a {architecture}, a score model; give a language model")
     for path in sorted(Path(name).glob("*.safetensors")):
         try:
@@ -1154,18 +1232,17 @@ def score(args: Score, device: torch.device, mesh) -> None:
     answered = {name: answered[0].get(name, set()) for name in models}
     missing = [name for name in models if len(answered[name]) < len(texts)]
     scorers = []
-    with agreed():
-        for path, flag in ((args.reward_model, "--reward-model"), (args.cost_model, "--cost-model")):
-            if missing:
+    for path, flag in ((args.reward_model, "--reward-model"), (args.cost_model, "--cost-model")):
+        if missing:
+            with agreed():
                 scorer = load_scorer(args, path, flag, tokenizers[missing[0]], dtype)
                 if any(reads_tokens_of(args, scorer, tokenizers[name]) for name in missing):
                     check_room(args, scorer.model.model.config, longest, flag)
-                scorers.append(scorer)
+            shard(scorer.model.eval(), mesh, dtype, args.cpu_offload)
+            scorers.append(scorer)
     with agreed(), written(folder):
         if rank == 0:
             open_evaluation(folder, settings)
-    for scorer in scorers:
-        shard(scorer.model.eval(), mesh, dtype, args.cpu_offload)
 
     # ---- Answers and scores, one model in memory at a time
     # All models draw from the same numbers: they differ by the model alone, and so does the next one that is added.

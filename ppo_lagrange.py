@@ -29,6 +29,7 @@ Without flags it runs on the embedded toy world: on a laptop, offline, in about 
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import importlib.util
 import io
@@ -37,7 +38,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +50,20 @@ import datasets
 import huggingface_hub
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import tyro
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
@@ -82,6 +92,10 @@ class Args:
     """where the run is written; default runs/<exp-name>-<seed>-<time>"""
     track: bool = False
     """also log to Weights & Biases (needs the wandb package)"""
+    save_every: int = 0
+    """iterations between checkpoints, the newest two of which are kept; 0 writes one only when SIGTERM ends the run"""
+    resume: bool = False
+    """go on from the newest whole checkpoint in --output-dir, or start there if it holds nothing"""
 
     # Models (a folder, or an id of the Hub)
     model: str = str(TOY / "policy")
@@ -102,6 +116,10 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     cpu_offload: bool = False
     """keep the frozen models (reference, reward model, cost model) in CPU memory while they are not used"""
+    shard_over: Literal["node", "world"] = "node"
+    """processes that share one copy of a model: those of each node (hybrid sharding) or all; the same on one node"""
+    whole_rollout: bool = True
+    """hold the policy whole on every device while it samples; off (70B), each layer is gathered again for each token"""
 
     # Prompts
     dataset: str = str(TOY / "data" / "train.parquet")
@@ -115,7 +133,7 @@ class Args:
     prompt_column: str = "prompt"
     """column that holds the prompts"""
     prompt_template: str = "{prompt}"
-    """text put around a prompt; the response follows it directly"""
+    """text put around a prompt, the response follows it directly; "chat" takes the tokenizer's chat template"""
     score_prompt_template: str | None = None
     """template that the score models were trained with; default: the policy's"""
     max_prompt_length: int = 64
@@ -150,6 +168,12 @@ class Args:
     """gradients of each model are clipped to this norm"""
     kl_coef: float = 0.05
     """β, weight of the KL divergence from the reference"""
+    ptx_dataset: str | None = None
+    """supervised data for the PTX term: columns prompt, response or Alpaca's instruction, input, output"""
+    ptx_split: str = "train"
+    """split of the supervised data"""
+    ptx_coef: float = 16.0
+    """weight of the PTX term, the next-token loss on as many supervised responses as an iteration samples"""
     gae_lambda: float = 0.95
     """λ_GAE, bias-variance trade-off of the advantages"""
     clip_coef: float = 0.2
@@ -268,9 +292,12 @@ class Responses:
 
 @torch.no_grad()
 def sample_responses(
-    policy, tokenizer, prompts: list[list[int]], uniforms: torch.Tensor, temperature: float, device
+    policy, tokenizer, prompts: list[list[int]], uniforms: torch.Tensor, temperature: float, device, whole: bool = True
 ) -> Responses:
-    """Sample a response to each prompt (token ids); uniforms: [batch, max_new_tokens]."""
+    """Sample a response to each prompt (token ids); uniforms: [batch, max_new_tokens].
+
+    whole: whether every rank holds all parameters meanwhile.
+    """
     prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_token_id, side="left")
     length = prompt_ids.shape[1]
     eos_ids = policy.generation_config.eos_token_id
@@ -284,12 +311,12 @@ def sample_responses(
         pad_token_id=tokenizer.pad_token_id,
     )
     own_config, policy.generation_config = policy.generation_config, config
-    with unsharded(policy):
+    with unsharded(policy) if whole else contextlib.nullcontext():
         sequences = policy.generate(
             prompt_ids.to(device),
             attention_mask=prompt_mask.to(device),
             logits_processor=[InverseSampler(uniforms.to(device), length, temperature)],
-            synced_gpus=False,  # parameters are whole during decoding: ranks need not walk in step
+            synced_gpus=not whole,  # with parameters that are gathered for each token, ranks must walk in step
         )
     policy.generation_config = own_config
     ends = torch.isin(sequences[:, length:], torch.tensor(sorted(eos_ids), device=device)).long()
@@ -309,8 +336,15 @@ def response_logprobs(
         use_cache=False,
         logits_to_keep=length + 1,
     ).logits[:, :-1]
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return logprobs.gather(2, sequences[:, -length:, None]).squeeze(2)
+    # A few positions at a time, computed again for the gradient: the logits of a batch in float32 would be gigabytes.
+    step = max(1, 2**24 // (logits.shape[0] * logits.shape[2]))
+    chunks = zip(logits.split(step, 1), sequences[:, -length:].split(step, 1), strict=True)
+    return torch.cat([checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks], dim=1)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of tokens [batch, length] under tempered logits [batch, length, vocabulary]."""
+    return (logits.float() / temperature).log_softmax(-1).gather(2, tokens[:, :, None]).squeeze(2)
 
 
 def response_values(critic, sequences: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
@@ -357,13 +391,17 @@ def agreed():
 
 
 def start_processes():
-    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh over all processes)."""
+    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh).
+
+    The mesh is [processes], or [nodes, processes of a node] where there are several of both: FSDP2 then shards a model
+    inside each node and replicates it across nodes (hybrid sharding), where the network is slower.
+    """
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
+    if "RANK" in os.environ:  # rank 0 may be downloading while the others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     transformers.logging.set_verbosity_error()
@@ -371,7 +409,10 @@ def start_processes():
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 1 < local < world and world % local == 0:
+        return device, init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    return device, init_device_mesh(device.type, (world,))
 
 
 def read_args(cls, check):
@@ -434,8 +475,11 @@ def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
     return name
 
 
-def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str, list]:
-    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
+def load_rows(name: str, split: str, columns: list[str], flag: str, others: tuple[str, ...] = ()) -> dict[str, list]:
+    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub.
+
+    others: the columns of another form that the data may have instead.
+    """
     readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(locate(name, "dataset", flag))
     try:
@@ -446,6 +490,8 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
             rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
         else:
             rows = datasets.load_dataset(name, split=split)
+        if others and set(others) <= set(rows.column_names):
+            columns = others
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
@@ -456,7 +502,9 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
         ) from None
     missing = [column for column in columns if column not in values]
     if missing:
-        raise UserError(f"{flag} {name}: no column '{missing[0]}'; the columns are {', '.join(rows.column_names)}")
+        expected = f" (nor all of {', '.join(others)})" if others else ""
+        there = ", ".join(rows.column_names)
+        raise UserError(f"{flag} {name}: no column '{missing[0]}'{expected}; the columns are {there}")
     if len(rows) == 0:
         raise UserError(f"{flag} {name}: split '{split}' has no rows")
     return values
@@ -495,14 +543,56 @@ def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) 
     return ids, mask
 
 
+def part(ids: list[int], prompt_ids: list[int]) -> tuple[list[int], list[int]]:
+    """Tokens of a whole text as (prompt, response), parted where they first differ from the prompt's own."""
+    same = itertools.takewhile(lambda both: both[0] == both[1], zip(ids, prompt_ids, strict=False))
+    start = min(len(list(same)), len(ids) - 1)  # a response has at least its EOS
+    return ids[:start], ids[start:]
+
+
+def pad_texts(texts: list[tuple[list[int], list[int]]], value: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Texts (prompt, response) as the policy samples them: prompts padded on the left, responses on the right.
+
+    Returns sequences and attention mask, [batch, prompt + response], and response mask, [batch, response].
+    """
+    prompt_ids, prompt_mask = pad([prompt for prompt, _ in texts], value, side="left")
+    response_ids, response_mask = pad([response for _, response in texts], value, side="right")
+    return torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
+
+
+def in_template(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
+    """Tokens of prompts in their template, each with its response directly behind it where responses are given.
+
+    The template "chat" is the tokenizer's own: the prompt as the user's turn, then the head of the assistant's. It
+    brings its special tokens along.
+    """
+    if template == "chat":
+        if not tokenizer.chat_template:
+            raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; give one with {{prompt}}")
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    else:
+        texts = [template.replace("{prompt}", prompt) for prompt in prompts]
+    if responses is not None:
+        texts = [text + response for text, response in zip(texts, responses, strict=True)]
+    return tokenizer(texts, add_special_tokens=template != "chat")["input_ids"] if texts else []
+
+
+def encode_prompts(tokenizer, template: str, prompts: list[str], source: str) -> list[list[int]]:
+    """Tokens of prompts in their template, for a policy to go on from; source: flag and name of the data."""
+    encoded = in_template(tokenizer, template, prompts)
+    # Some tokenizers end every text in EOS; a prompt that has ended would leave nothing to answer.
+    encoded = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
+    if [] in encoded:
+        raise UserError(f"{source}: the prompt {prompts[encoded.index([])]!r} has no tokens; take it out of the data")
+    return encoded
+
+
 def encode_scored(
     tokenizer, prompts: list[str], responses: list[str], template: str, max_length: int
 ) -> list[list[int]]:
     """Tokens of prompt, response and EOS as a score model reads them; a text over max_length tokens loses its end."""
-    texts = [
-        template.replace("{prompt}", prompt) + response for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    encoded = tokenizer(texts)["input_ids"] if texts else []
+    encoded = in_template(tokenizer, template, prompts, responses)
     eos = tokenizer.eos_token_id
     return [(ids if ids[-1:] == [eos] else [*ids, eos])[:max_length] for ids in encoded]
 
@@ -513,6 +603,7 @@ class ScoreModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.tie_weights = model.tie_weights
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Scores of all tokens in float32, [batch, length]; padding may stand on either side."""
@@ -542,27 +633,43 @@ def text_scores(model: ScoreModel, input_ids: torch.Tensor, attention_mask: torc
 
 
 def load_pretrained(
-    cls, name: str, dtype: torch.dtype, flag: str, trust_remote_code: bool, fresh=(), left=(), **config
+    cls,
+    name: str,
+    dtype: torch.dtype,
+    flag: str,
+    trust_remote_code: bool,
+    fresh: tuple[str, ...] = (),
+    left: tuple[str, ...] = (),
+    key_mapping: dict[str, str] | None = None,
+    **config,
 ):
-    """A model of the library's class `cls`, with every weight accounted for.
+    """A model of the library's class `cls`: with its weights on rank 0, on the meta device elsewhere (see `shard`).
 
-    fresh: weights that the checkpoint may lack, left: weights of it that may stay behind. Any other is an error.
-    Only safetensors are read: a pickle could run code.
+    Every weight is accounted for. fresh: weights that the checkpoint may lack; left: first letters of those that may
+    stay behind; key_mapping: other names of weights. Anything else is an error. Only safetensors are read: a pickle
+    could run code.
     """
     try:
-        model, info = cls.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to name them below
-            **config,
-        )
+        if dist.get_rank() == 0:
+            model, info = cls.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them below
+                key_mapping=key_mapping,
+                **config,
+            )
+        else:
+            settings = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **config)
+            with torch.device("meta"):
+                model = cls.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+            info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     except Exception as exception:
         raise UserError(f"{flag} {name} cannot be loaded: {exception}") from None
     missing = sorted(set(info["missing_keys"]) - set(fresh))
-    unexpected = sorted(set(info["unexpected_keys"]) - set(left))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(tuple(left)))
     if missing or unexpected or info["mismatched_keys"]:
         raise UserError(
             f"{flag} {name} does not fit {cls.__name__}: weights missing {missing[:3]}, unexpected {unexpected[:3]}, "
@@ -591,25 +698,57 @@ def load_score_model(name: str, dtype: torch.dtype, flag: str, seed: int, trust_
             raise UserError(f"{flag} {name} has {config.num_labels} labels; a score model has one")
         biased = architecture.endswith("ForTokenClassification")  # the class that keeps a bias of the head
         cls = AutoModelForTokenClassification if biased else AutoModelForSequenceClassification
-        return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code))
+        model = load_pretrained(cls, name, dtype, flag, trust_remote_code)
+        if not hasattr(model, "score"):
+            raise UserError(f"{flag} {name} is a {architecture}, whose head scores no tokens; give a decoder's")
+        return ScoreModel(model)
+    if architecture.endswith("ForScore"):  # Safe RLHF's own class (arXiv 2310.12773): the head has a bias
+        cls, names = AutoModelForTokenClassification, {r"^score_head\.": "score."}
+        left = ("normalizer.",)  # statistics that its training kept beside the model
+        return ScoreModel(
+            load_pretrained(cls, name, dtype, flag, trust_remote_code, left=left, key_mapping=names, num_labels=1)
+        )
     if not fresh_head:
         raise UserError(f"{flag} {name} is a {architecture or 'model'} without a score head; give a score model")
     torch.manual_seed(seed)
-    cls, head, lm_head = AutoModelForSequenceClassification, {"score.weight"}, {"lm_head.weight"}
+    cls, head, lm_head = AutoModelForSequenceClassification, ("score.weight",), ("lm_head.weight",)
     return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code, head, lm_head, num_labels=1))
 
 
 def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
     """FSDP2: each transformer block is gathered when it computes, the rest with the root.
 
+    The weights are those of rank 0, the only process that ever holds them all; they reach the others tensor by tensor.
     The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
     """
+    weights = model.state_dict() if dist.get_rank() == 0 else {}
+    # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
+    buffers = {key: buffer for key, buffer in model.named_buffers() if key not in weights}
+    extra = [buffers, getattr(model, "generation_config", None)]
+    dist.broadcast_object_list(extra)
+    model.to_empty(device="meta")
+    model.tie_weights()  # moving a model between devices parts what is tied
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     for module in [module for module in model.modules() if type(module).__name__ in blocks]:
         fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    return fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    model.tie_weights()
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for key, buffer in extra[0].items():
+        module, _, name = key.rpartition(".")
+        setattr(model.get_submodule(module), name, buffer.to(mesh.device_type))
+    if extra[1] is not None:
+        model.generation_config = extra[1]
+    return model
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Keep only the inputs of transformer blocks for the backward pass. The library is changing its method's name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 @contextlib.contextmanager
@@ -641,35 +780,162 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     dist.barrier()
 
 
-def open_run(args) -> Path:
-    """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
+def open_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
+    """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused.
+
+    With --resume a run in it is gone on with: its logs are cut back to the newest whole checkpoint. Returns the
+    directory and what save_checkpoint wrote of the run, nothing for a new one. Ends the process if the run is finished.
+    """
     if args.output_dir is not None and not args.output_dir.strip():
         fail("--output-dir is empty; give a directory, or leave the flag out")
+    if args.resume and args.output_dir is None:
+        fail("--resume goes on with a run: give its --output-dir")
     name = [args.output_dir]
     if name[0] is None:
         name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(name)
-    folder = Path(name[0])
+    folder, saved = Path(name[0]), [{}]
     with agreed():
         if dist.get_rank() == 0:
-            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part tensorboard stage1 stage2 merged"
-            held = [entry for entry in mine.split() if os.path.lexists(folder / entry)]
-            if held:
-                state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
-                raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")
+            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part checkpoints tensorboard"
+            held = [entry for entry in f"{mine} stage1 stage2 merged".split() if os.path.lexists(folder / entry)]
             if args.track and not importlib.util.find_spec("wandb"):
                 raise UserError("--track needs the wandb package: pip install wandb")
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / "args.json", dataclasses.asdict(args))
+                if held and args.resume and held[0] == "args.json":
+                    saved = [find_checkpoint(folder, args, dtype)]
+                elif held:
+                    advice = "choose another directory or remove that one"
+                    state = f"an unfinished run or other files ({held[0]})"
+                    if "summary.json" in held:
+                        state = "a finished run"
+                    elif held[0] == "args.json":
+                        advice += ", or go on with the run by --resume"
+                    raise UserError(f"--output-dir {folder} holds {state}; {advice}")
+                else:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_json(folder / "args.json", dataclasses.asdict(args))
             except OSError as exception:
                 raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
-            if args.track:
+            if args.track and saved[0] is not None:
                 import wandb
 
                 config = dataclasses.asdict(args)
                 wandb.init(project="safe-rlhf", name=folder.name, config=config, sync_tensorboard=True)
-    return folder
+    dist.broadcast_object_list(saved)
+    if saved[0] is None:
+        if dist.get_rank() == 0:
+            print(f"the run in {folder} is finished")
+        shut_down()
+        sys.exit(0)
+    return folder, saved[0]
+
+
+def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
+    """What save_checkpoint wrote of the newest whole checkpoint, {} if there is none, None if the run is finished.
+
+    The run's logs are cut back to it. Flags that the run did not have are refused by name, but for those that change
+    neither the mathematics nor the random numbers.
+    """
+    may_change = "output_dir resume save_every eval_every track micro_batch_size gradient_checkpointing cpu_offload"
+    settings = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples are lists in JSON
+    with contextlib.suppress(ValueError):  # killed while this was written: nothing else is there yet
+        for key, value in json.loads((folder / "args.json").read_text(encoding="utf-8")).items():
+            if settings.get(key) != value and key not in f"{may_change} shard_over whole_rollout".split():
+                flag, given = f"--{key.replace('_', '-')}", settings.get(key)
+                raise UserError(f"--resume: the run in {folder} has {flag} {value}, not {given}; give the same flags")
+    if (folder / "summary.json").exists():
+        return None
+    saved, logs, name = {}, {}, str(dtype).removeprefix("torch.")
+    for place in sorted((folder / "checkpoints").glob("[0-9]*[0-9]"), reverse=True):
+        try:
+            found = json.loads((place / "state.json").read_text(encoding="utf-8"))
+            for file, size in found["files"].items():
+                if (place / file).stat().st_size != size:
+                    raise ValueError(f"{file} is cut short")
+        except (OSError, ValueError, KeyError) as exception:
+            print(f"passed over the checkpoint {place}, which is not whole: {exception}", file=sys.stderr, flush=True)
+            continue
+        saved, logs = found["state"] | {"checkpoint": str(place)}, found["logs"]
+        if saved["dtype"] != name:
+            raise UserError(f"--resume: the run in {folder} has computed in {saved['dtype']}, not {name}; set --dtype")
+        break
+    for log in log_files(folder):
+        size = logs.get(str(log.relative_to(folder)))
+        os.truncate(log, size) if size is not None else log.unlink()
+    start = f"from {saved['checkpoint']}" if saved else "from the start, as there is no checkpoint"
+    print(f"resuming the run in {folder} {start}", file=sys.stderr, flush=True)
+    return saved
+
+
+def log_files(folder: Path) -> list[Path]:
+    """The files of a run that grow by what is added at their end."""
+    files = [folder / "metrics.jsonl", folder / "eval.jsonl", *(folder / "tensorboard").glob("*")]
+    return [path for path in files if path.is_file()]
+
+
+def training_state(**trained) -> dict[str, torch.Tensor]:
+    """Weights and optimizer states of pairs (model, optimizer) by name; loading them fills these tensors in place."""
+    tensors = {}
+    for name, (model, optimizer) in trained.items():
+        tensors |= {f"{name}.{key}": value.detach() for key, value in model.named_parameters()}
+        moments = get_optimizer_state_dict(
+            model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
+        )
+        tensors |= {f"{name}.{key}": value for key, value in moments.items() if torch.is_tensor(value)}
+    return tensors
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, state: dict) -> None:
+    """Write what a run needs to go on after `step`: safetensors and JSON in folder/checkpoints. Keep the newest two.
+
+    Every rank writes its shards. They are written beside and renamed, so that a kill at any time leaves whole ones.
+    """
+    place = folder / "checkpoints" / f"{step:08d}"
+    beside = place.with_suffix(".part")
+    if dist.get_rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    dist.barrier()
+    # A rank copies a whole file to CPU memory before it writes it, so that the files must not be large.
+    files = 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // 2**34
+    numbers = {name: 1 + i * files // len(tensors) for i, name in enumerate(tensors)}
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
+    except dcp.api.CheckpointException as exception:  # the same on all ranks
+        fail(f"the checkpoint {place} cannot be written: {next(iter(exception.failures.values()))[0]}")
+    if dist.get_rank() == 0:
+        logs = {str(log.relative_to(folder)): log.stat().st_size for log in log_files(folder)}
+        sizes = {file.name: file.stat().st_size for file in beside.iterdir()}
+        state = state | {"dtype": str(dtype).removeprefix("torch."), "processes": dist.get_world_size()}
+        write_json(beside / "state.json", {"files": sizes, "logs": logs, "state": state})
+        shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
+        for old in sorted(place.parent.glob("[0-9]*[0-9]"))[:-2]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(saved: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill the tensors of a run with those of a checkpoint, from whatever number of processes it came."""
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(saved["checkpoint"]))
+
+
+def heed_sigterm() -> threading.Event:
+    """From now on SIGTERM only sets the event that is returned; the training loop saves and stops between two steps."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return stop
+
+
+def stop_run(folder: Path, what: str) -> NoReturn:
+    """End a run that SIGTERM stopped and that has just saved a checkpoint, with the status that shells give to it."""
+    if dist.get_rank() == 0:
+        message = f"stopped by SIGTERM after {what}; to go on, add --resume --output-dir {folder} to the same command"
+        print(message, file=sys.stderr, flush=True)
+    shut_down()
+    sys.exit(128 + signal.SIGTERM)
 
 
 def finite(value):
@@ -688,6 +954,10 @@ def write_json(path: Path, value) -> None:
 def append_json(path: Path, rows: list[dict]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def log_metrics(folder: Path, writer: SummaryWriter, metrics: dict, step: int) -> None:
@@ -755,12 +1025,14 @@ def backward(loss: torch.Tensor, response_mask: torch.Tensor, tokens: float) -> 
     return part.detach()
 
 
-def prompt_indices(seed: int, iteration: int, batch: int, responses_per_prompt: int, prompts: int) -> list[int]:
+def prompt_indices(
+    seed: int, iteration: int, batch: int, responses_per_prompt: int, prompts: int, use: str = "prompts"
+) -> list[int]:
     """Which prompts the global batch of an iteration holds: a new order every epoch, K times each; [batch]."""
     distinct = batch // responses_per_prompt
     first = (iteration - 1) * distinct
     orders = {
-        epoch: torch.randperm(prompts, generator=random_generator(seed, "prompts", epoch)).tolist()
+        epoch: torch.randperm(prompts, generator=random_generator(seed, use, epoch)).tolist()
         for epoch in range(first // prompts, (first + distinct - 1) // prompts + 1)
     }
     indices = [orders[i // prompts][i % prompts] for i in range(first, first + distinct)]
@@ -796,7 +1068,9 @@ def check_args(args: Args) -> None:
         "max_prompt_length total_episodes batch_size micro_batch_size responses_per_prompt max_new_tokens temperature "
         "update_epochs learning_rate critic_learning_rate max_grad_norm clip_coef value_clip_coef eval_size"
     )
-    zero_or_more = "warmup_ratio weight_decay kl_coef gae_lambda lambda_init lambda_lr lambda_max eval_every"
+    zero_or_more = (
+        "warmup_ratio weight_decay kl_coef gae_lambda lambda_init lambda_lr lambda_max eval_every save_every ptx_coef"
+    )
     for name in above_zero.split() + zero_or_more.split():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if not (0 < value < math.inf if name in above_zero.split() else 0 <= value < math.inf):
@@ -822,7 +1096,7 @@ def check_args(args: Args) -> None:
         ("--prompt-template", args.prompt_template),
         ("--score-prompt-template", args.score_prompt_template or "{prompt}"),
     ):
-        if "{prompt}" not in template:
+        if "{prompt}" not in template and template != "chat":
             raise UserError(f"{flag} '{template}' has no {{prompt}} in it")
 
 
@@ -831,13 +1105,7 @@ def load_prompts(args: Args, name: str, split: str, flag: str, tokenizer) -> lis
     texts = load_rows(name, split, [args.prompt_column], flag)[args.prompt_column]
     check_texts(texts, args.prompt_column, name, flag)
     texts = list(dict.fromkeys(texts))
-    encoded = tokenizer([args.prompt_template.replace("{prompt}", text) for text in texts])["input_ids"]
-    # Some tokenizers end every text in EOS; a prompt that has ended would leave nothing to answer.
-    encoded = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
-    if [] in encoded:
-        raise UserError(
-            f"{flag} {name}: the prompt {texts[encoded.index([])]!r} has no tokens; take it out of the data"
-        )
+    encoded = encode_prompts(tokenizer, args.prompt_template, texts, f"{flag} {name}")
     prompts = [(text, ids) for text, ids in zip(texts, encoded, strict=True) if len(ids) <= args.max_prompt_length]
     dropped = len(texts) - len(prompts)
     if dropped and dist.get_rank() == 0:
@@ -847,11 +1115,42 @@ def load_prompts(args: Args, name: str, split: str, flag: str, tokenizer) -> lis
     return prompts
 
 
+def load_supervised(args: Args, tokenizer) -> list[tuple[list[int], list[int]]]:
+    """Distinct supervised texts as (tokens of the prompt, tokens of the response with EOS).
+
+    Texts without a response are dropped, and those whose prompt is over --max-prompt-length; long responses lose their
+    end. Alpaca's instruction and input make one prompt, as in Safe RLHF (arXiv 2310.12773).
+    """
+    flag = "--ptx-dataset"
+    others = ("instruction", "input", "output")
+    columns = load_rows(args.ptx_dataset, args.ptx_split, ["prompt", "response"], flag, others)
+    if "output" in columns:
+        questions = zip(columns["instruction"], columns["input"], strict=True)
+        columns["prompt"] = [f"{one} {two}" if two else one for one, two in questions]
+        columns["response"] = columns["output"]
+    check_texts(columns["prompt"], "prompt", args.ptx_dataset, flag)
+    rows = dict.fromkeys(zip(columns["prompt"], columns["response"], strict=True))
+    rows = [row for row in rows if row[1] and row[1].strip()]
+    prompts = [prompt for prompt, _ in rows]
+    heads = encode_prompts(tokenizer, args.prompt_template, prompts, f"{flag} {args.ptx_dataset}") if rows else []
+    longest = args.max_prompt_length + args.max_new_tokens
+    texts = encode_scored(tokenizer, prompts, [response for _, response in rows], args.prompt_template, longest)
+    kept = [part(text, head) for text, head in zip(texts, heads, strict=True) if len(head) <= args.max_prompt_length]
+    dropped = len(columns["prompt"]) - len(kept)
+    if dropped and dist.get_rank() == 0:
+        limit = f"--max-prompt-length {args.max_prompt_length}"
+        print(f"{flag}: dropped {dropped} of {dropped + len(kept)} texts: repeated, without response, or over {limit}")
+    if not kept:
+        raise UserError(f"{flag} {args.ptx_dataset}: no text has a response and a prompt within --max-prompt-length")
+    return kept
+
+
 def load_scorer(args: Args, name: str, flag: str, tokenizer, dtype: torch.dtype) -> Scorer:
     """A score model, frozen; reads the policy's tokens as they are where vocabulary and template agree."""
     scorer_tokenizer = load_tokenizer(name, args.trust_remote_code)
     template = args.score_prompt_template or args.prompt_template
-    shares_tokens = same_tokens(tokenizer, scorer_tokenizer) and template == args.prompt_template
+    in_template(scorer_tokenizer, template, ["{prompt}"])  # a tokenizer without a chat template is found here
+    shares_tokens = template == args.prompt_template and same_tokens(tokenizer, scorer_tokenizer, template)
     model = load_score_model(name, dtype, flag, args.seed, args.trust_remote_code)
     return Scorer(model.requires_grad_(False), scorer_tokenizer, template, shares_tokens)
 
@@ -866,11 +1165,11 @@ def load_critic(args: Args, name: str | None, scorer_name: str, flag: str, token
     return load_score_model(name, torch.float32, flag, args.seed, args.trust_remote_code, fresh_head=True)
 
 
-def same_tokens(one, other) -> bool:
-    """Whether two tokenizers give every text the same ids."""
-    probe = "How do I clean the kettle? Use 2 lemons."
+def same_tokens(one, other, template: str = "{prompt}") -> bool:
+    """Whether two tokenizers give every text in the template the same ids."""
+    probe = ["How do I clean the kettle? Use 2 lemons."]
     same_vocabulary = one.get_vocab() == other.get_vocab() and one.eos_token_id == other.eos_token_id
-    return same_vocabulary and one(probe)["input_ids"] == other(probe)["input_ids"]
+    return same_vocabulary and in_template(one, template, probe) == in_template(other, template, probe)
 
 
 def summarize(rows: list[dict], threshold: float) -> dict:
@@ -890,6 +1189,8 @@ def main(device: torch.device, mesh) -> None:
     start_time = time.time()
     rank, world = dist.get_rank(), dist.get_world_size()
     dtype = compute_dtype(args.dtype, device)
+    if args.shard_over == "world":
+        mesh = init_device_mesh(device.type, (world,))
 
     # ---- Prompts and models: everything a mistake may hide in comes before the output directory is made
     with agreed():
@@ -902,12 +1203,36 @@ def main(device: torch.device, mesh) -> None:
         prompts = load_prompts(args, args.dataset, args.dataset_split, "--dataset", tokenizer)
         eval_prompts = load_prompts(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer)
         eval_prompts = eval_prompts[: args.eval_size]
+        supervised = load_supervised(args, tokenizer) if args.ptx_dataset is not None else []
+
+    # One model after the other, as rank 0 reads each whole before it is sharded
+    frozen, masters = (mesh, dtype, args.cpu_offload), (mesh, dtype)
+    with agreed():
         policy = load_pretrained(AutoModelForCausalLM, args.model, torch.float32, "--model", args.trust_remote_code)
+    shard(policy, *masters)
+    with agreed():
         ref_policy = load_pretrained(AutoModelForCausalLM, args.model, dtype, "--model", args.trust_remote_code)
+    shard(ref_policy.requires_grad_(False), *frozen)
+    with agreed():
         reward_scorer = load_scorer(args, args.reward_model, "--reward-model", tokenizer, dtype)
+    shard(reward_scorer.model, *frozen)
+    with agreed():
         cost_scorer = load_scorer(args, args.cost_model, "--cost-model", tokenizer, dtype)
+    shard(cost_scorer.model, *frozen)
+    with agreed():
         reward_critic = load_critic(args, args.reward_critic, args.reward_model, "--reward-critic", tokenizer)
+    shard(reward_critic, *masters)
+    with agreed():
         cost_critic = load_critic(args, args.cost_critic, args.cost_model, "--cost-critic", tokenizer)
+    shard(cost_critic, *masters)
+    trained = (policy, reward_critic, cost_critic)
+    for model in (*trained, ref_policy, reward_scorer.model, cost_scorer.model):
+        model.eval()
+    if args.gradient_checkpointing:
+        for model in (policy, reward_critic.model, cost_critic.model):
+            recompute_activations(model)
+
+    with agreed():
         longest = max(len(ids) for _, ids in prompts + eval_prompts) + args.max_new_tokens
         readers = [("--model", policy), ("--reward-critic", reward_critic.model), ("--cost-critic", cost_critic.model)]
         readers += [
@@ -922,33 +1247,36 @@ def main(device: torch.device, mesh) -> None:
                     f"the longest prompt and --max-new-tokens {args.max_new_tokens} make {longest} tokens; {flag} "
                     f"reads {limit}: lower --max-new-tokens or --max-prompt-length"
                 )
-    folder = open_run(args)
-    ref_policy.requires_grad_(False)
-    for model in (ref_policy, reward_scorer.model, cost_scorer.model):
-        shard(model.eval(), mesh, dtype, args.cpu_offload)
-    trained = (policy, reward_critic, cost_critic)
-    for model in trained:
-        shard(model.eval(), mesh, dtype)
-    if args.gradient_checkpointing:
-        for model in (policy, reward_critic.model, cost_critic.model):
-            model.gradient_checkpointing_enable()
+    folder, saved = open_run(args, dtype)
 
     # ---- Optimizers
     iterations = args.total_episodes // args.batch_size
     local_batch, size = args.batch_size // world, args.micro_batch_size
     local_rows = slice(rank * local_batch, (rank + 1) * local_batch)  # this rank's part of a global batch
     adam = dict(betas=(0.9, 0.95), fused=True)
-    policy_optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, **adam
-    )
+    group = {"params": list(policy.parameters()), "initial_lr": args.learning_rate}
+    policy_optimizer = torch.optim.AdamW([group], lr=args.learning_rate, weight_decay=args.weight_decay, **adam)
     optimizers = [policy_optimizer] + [
         torch.optim.AdamW(critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, **adam)
         for critic in (reward_critic, cost_critic)
     ]
     warmup = min(math.ceil(args.warmup_ratio * iterations), iterations - 1)  # a warm-up begins at zero
-    schedule = get_cosine_schedule_with_warmup(policy_optimizer, warmup, iterations)
-    multiplier = args.lambda_init
+
+    def resumable() -> dict[str, torch.Tensor]:
+        names = ("policy", "reward_critic", "cost_critic")
+        return training_state(**dict(zip(names, zip(trained, optimizers, strict=True), strict=True)))
+
+    # ---- Where the run stands. Random numbers are keyed by the iteration, so that nothing of them needs saving
+    done, multiplier = saved.get("iteration", 0), saved.get("lambda", args.lambda_init)
+    skipped, skipped_in_a_row = saved.get("skipped", 0), saved.get("skipped_in_a_row", 0)
+    start_time -= saved.get("seconds", 0.0)
+    if saved:
+        load_checkpoint(saved, resumable())
+    schedule = get_cosine_schedule_with_warmup(policy_optimizer, warmup, iterations, last_epoch=done - 1)
     writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
+    stop = heed_sigterm()
+
+    sampling = (args.temperature, device, args.whole_rollout)
 
     def evaluate(iteration: int) -> list[dict]:
         """Answer the held-out prompts, always with the same random numbers. Rows, whole on rank 0 only."""
@@ -957,7 +1285,7 @@ def main(device: torch.device, mesh) -> None:
         mine = my_share(len(eval_prompts))
         for chosen in [mine[i : i + local_batch] for i in range(0, len(mine), local_batch)]:
             texts, ids = zip(*(eval_prompts[i] for i in chosen), strict=True)
-            responses = sample_responses(policy, tokenizer, ids, uniforms[chosen], args.temperature, device)
+            responses = sample_responses(policy, tokenizer, ids, uniforms[chosen], *sampling)
             decoded = decode(tokenizer, responses)
             rewards, costs = (
                 score_responses(scorer, responses, texts, decoded, args.micro_batch_size).tolist()
@@ -972,11 +1300,13 @@ def main(device: torch.device, mesh) -> None:
             append_json(folder / "eval.jsonl", rows)
         return rows
 
-    before = evaluate(0)
+    if not saved:
+        before = evaluate(0)
+    elif rank == 0:
+        before = [row for row in read_json_lines(folder / "eval.jsonl") if row["iteration"] == 0]
 
     # ---- Training
-    skipped = skipped_in_a_row = 0
-    bar = tqdm(range(1, iterations + 1), desc=args.exp_name, disable=rank != 0)
+    bar = tqdm(range(done + 1, iterations + 1), args.exp_name, iterations, initial=done, disable=rank != 0)
     for iteration in bar:
         # 1. The prompts of this iteration, K times each; uniform numbers for the whole global batch
         clock = [time.time()]
@@ -985,9 +1315,13 @@ def main(device: torch.device, mesh) -> None:
         prompt_texts, prompt_ids = zip(*batch_prompts, strict=True)
         generator = random_generator(args.seed, "rollout", iteration)
         uniforms = torch.rand(args.batch_size, args.max_new_tokens, generator=generator)[local_rows]
+        if supervised:
+            indices = prompt_indices(args.seed, iteration, args.batch_size, 1, len(supervised), use="supervised")
+            texts = [supervised[i] for i in indices[local_rows]]
+            *ptx_inputs, ptx_mask = (tensor.to(device) for tensor in pad_texts(texts, tokenizer.pad_token_id))
 
         # 2. Rollout
-        responses = sample_responses(policy, tokenizer, prompt_ids, uniforms, args.temperature, device)
+        responses = sample_responses(policy, tokenizer, prompt_ids, uniforms, *sampling)
         response_mask = responses.response_mask  # [batch, response]
         length = response_mask.shape[1]
         inputs = (responses.sequences, responses.attention_mask)
@@ -1015,8 +1349,9 @@ def main(device: torch.device, mesh) -> None:
         # 5. The multiplier, by the constraint over all ranks, before the policy moves
         figures = (rewards, costs, log_ratio, old_reward_values, old_cost_values)
         broken = sum((~figure.isfinite()).sum().item() for figure in figures)
-        excess_sum, excess_count, tokens, broken = global_sum(
-            excess.sum(), excess.numel(), response_mask.sum(), broken, device=device
+        ptx_count = ptx_mask.sum() if supervised else 0
+        excess_sum, excess_count, tokens, ptx_tokens, broken = global_sum(
+            excess.sum(), excess.numel(), response_mask.sum(), ptx_count, broken, device=device
         )
         if not broken:
             multiplier = update_multiplier(multiplier, args.lambda_lr, excess_sum / excess_count, args.lambda_max)
@@ -1042,6 +1377,11 @@ def main(device: torch.device, mesh) -> None:
                 values = response_values(cost_critic, ids, mask, length)
                 loss = value_loss(values, old_cost_values[rows], cost_returns[rows], args.value_clip_coef)
                 losses[2] += backward(loss, used, tokens)
+
+                if supervised:
+                    ids, mask, used = ptx_inputs[0][rows], ptx_inputs[1][rows], ptx_mask[rows]
+                    logprobs = response_logprobs(policy, ids, mask, ptx_mask.shape[1], 1.0)
+                    losses[3] += backward(-args.ptx_coef * logprobs, used, ptx_tokens)
             grad_norms = [clip_gradients(model, args.max_grad_norm) for model in trained]
             broken = broken or not all(map(math.isfinite, grad_norms))
             for optimizer in optimizers:
@@ -1069,7 +1409,7 @@ def main(device: torch.device, mesh) -> None:
             )
 
         # 8. Log
-        reward_sum, cost_sum, safe, violation, kl, finished, clipped, *losses = global_sum(
+        reward_sum, cost_sum, safe, violation, kl, finished, clipped, stopped, *losses = global_sum(
             rewards.sum(),
             costs.sum(),
             (costs <= args.cost_threshold).sum(),
@@ -1077,6 +1417,7 @@ def main(device: torch.device, mesh) -> None:
             (log_ratio * response_mask).sum(),
             responses.finished.sum(),
             clipped,
+            stop.is_set(),
             *losses,
             device=device,
         )
@@ -1105,6 +1446,8 @@ def main(device: torch.device, mesh) -> None:
             "seconds_scoring": clock[2] - clock[1],
             "seconds_update": clock[3] - clock[2],
         }
+        if supervised:
+            metrics["ptx_loss"] = losses[3] / args.update_epochs / (args.ptx_coef or math.nan)
         if rank == 0:
             log_metrics(folder, writer, metrics, iteration)
             bar.set_postfix_str(
@@ -1113,7 +1456,19 @@ def main(device: torch.device, mesh) -> None:
             )
         if args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
             evaluate(iteration)
+
+        # 9. Save what the run needs to go on
+        if stopped or (args.save_every and iteration % args.save_every == 0):
+            if rank == 0:
+                writer.flush()
+            state = {"iteration": iteration, "lambda": multiplier, "seconds": time.time() - start_time}
+            state |= {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row}
+            save_checkpoint(folder, iteration, resumable(), dtype, state)
+        if stopped:
+            bar.close()
+            stop_run(folder, f"iteration {iteration} of {iterations}")
     bar.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     # ---- After
     after = evaluate(iterations)

@@ -20,6 +20,7 @@ Source: Safe RLHF (Dai et al., ICLR 2024, arXiv 2310.12773). The data have PKU-S
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import importlib.util
 import io
@@ -28,7 +29,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +41,17 @@ import datasets
 import huggingface_hub
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import tyro
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
@@ -67,7 +76,8 @@ class Args:
     model: str = str(TOY / "policy")
     """language model whose backbone the score model starts from, or a score model to train on (folder or Hub id)"""
     dataset: str = str(TOY / "data" / "train.parquet")
-    """training pairs in PKU-SafeRLHF's columns (jsonl, json, csv or parquet file, folder, or Hub id)"""
+    """training pairs in PKU-SafeRLHF's columns (jsonl, json, csv or parquet file, folder, or Hub id); for --kind reward
+    also hh-rlhf's columns chosen and rejected, whole dialogues"""
     dataset_split: str = "train"
     """split of the training pairs; slices such as train[:1000] are allowed"""
     eval_dataset: str = str(TOY / "data" / "test.parquet")
@@ -75,9 +85,13 @@ class Args:
     eval_split: str = "test"
     """split of the held-out pairs"""
     prompt_template: str = "{prompt}"
-    """text put around a prompt; the response follows it directly"""
+    """text put around a prompt, the response follows it directly; "chat" takes the tokenizer's chat template"""
     output_dir: str | None = None
     """where the run is written; default runs/<exp-name>-<seed>-<time>"""
+    save_every: int = 0
+    """optimizer steps between checkpoints, of which two are kept; 0 writes one only when SIGTERM ends the run"""
+    resume: bool = False
+    """go on from the newest whole checkpoint in --output-dir, or start there if it holds nothing"""
     exp_name: str = "preference_models"
     """name of the run"""
     seed: int = 1
@@ -104,6 +118,8 @@ class Args:
     """compute type; auto: bfloat16 on CUDA and on CPUs with instructions for it, else float32; masters stay float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    shard_over: Literal["node", "world"] = "node"
+    """processes that share one copy of a model: those of each node (hybrid sharding) or all; the same on one node"""
     track: bool = False
     """also log to Weights & Biases (needs the wandb package)"""
     trust_remote_code: bool = False
@@ -179,13 +195,17 @@ def agreed():
 
 
 def start_processes():
-    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh over all processes)."""
+    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh).
+
+    The mesh is [processes], or [nodes, processes of a node] where there are several of both: FSDP2 then shards a model
+    inside each node and replicates it across nodes (hybrid sharding), where the network is slower.
+    """
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
+    if "RANK" in os.environ:  # rank 0 may be downloading while the others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     transformers.logging.set_verbosity_error()
@@ -193,7 +213,10 @@ def start_processes():
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 1 < local < world and world % local == 0:
+        return device, init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    return device, init_device_mesh(device.type, (world,))
 
 
 def read_args(cls, check):
@@ -256,8 +279,11 @@ def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
     return name
 
 
-def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str, list]:
-    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
+def load_rows(name: str, split: str, columns: list[str], flag: str, others: tuple[str, ...] = ()) -> dict[str, list]:
+    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub.
+
+    others: the columns of another form that the data may have instead.
+    """
     readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(locate(name, "dataset", flag))
     try:
@@ -268,6 +294,8 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
             rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
         else:
             rows = datasets.load_dataset(name, split=split)
+        if others and set(others) <= set(rows.column_names):
+            columns = others
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
@@ -278,7 +306,9 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
         ) from None
     missing = [column for column in columns if column not in values]
     if missing:
-        raise UserError(f"{flag} {name}: no column '{missing[0]}'; the columns are {', '.join(rows.column_names)}")
+        expected = f" (nor all of {', '.join(others)})" if others else ""
+        there = ", ".join(rows.column_names)
+        raise UserError(f"{flag} {name}: no column '{missing[0]}'{expected}; the columns are {there}")
     if len(rows) == 0:
         raise UserError(f"{flag} {name}: split '{split}' has no rows")
     return values
@@ -317,14 +347,29 @@ def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) 
     return ids, mask
 
 
+def in_template(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
+    """Tokens of prompts in their template, each with its response directly behind it where responses are given.
+
+    The template "chat" is the tokenizer's own: the prompt as the user's turn, then the head of the assistant's. It
+    brings its special tokens along.
+    """
+    if template == "chat":
+        if not tokenizer.chat_template:
+            raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; give one with {{prompt}}")
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    else:
+        texts = [template.replace("{prompt}", prompt) for prompt in prompts]
+    if responses is not None:
+        texts = [text + response for text, response in zip(texts, responses, strict=True)]
+    return tokenizer(texts, add_special_tokens=template != "chat")["input_ids"] if texts else []
+
+
 def encode_scored(
     tokenizer, prompts: list[str], responses: list[str], template: str, max_length: int
 ) -> list[list[int]]:
     """Tokens of prompt, response and EOS as a score model reads them; a text over max_length tokens loses its end."""
-    texts = [
-        template.replace("{prompt}", prompt) + response for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    encoded = tokenizer(texts)["input_ids"] if texts else []
+    encoded = in_template(tokenizer, template, prompts, responses)
     eos = tokenizer.eos_token_id
     return [(ids if ids[-1:] == [eos] else [*ids, eos])[:max_length] for ids in encoded]
 
@@ -335,6 +380,7 @@ class ScoreModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.tie_weights = model.tie_weights
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Scores of all tokens in float32, [batch, length]; padding may stand on either side."""
@@ -364,27 +410,43 @@ def text_scores(model: ScoreModel, input_ids: torch.Tensor, attention_mask: torc
 
 
 def load_pretrained(
-    cls, name: str, dtype: torch.dtype, flag: str, trust_remote_code: bool, fresh=(), left=(), **config
+    cls,
+    name: str,
+    dtype: torch.dtype,
+    flag: str,
+    trust_remote_code: bool,
+    fresh: tuple[str, ...] = (),
+    left: tuple[str, ...] = (),
+    key_mapping: dict[str, str] | None = None,
+    **config,
 ):
-    """A model of the library's class `cls`, with every weight accounted for.
+    """A model of the library's class `cls`: with its weights on rank 0, on the meta device elsewhere (see `shard`).
 
-    fresh: weights that the checkpoint may lack, left: weights of it that may stay behind. Any other is an error.
-    Only safetensors are read: a pickle could run code.
+    Every weight is accounted for. fresh: weights that the checkpoint may lack; left: first letters of those that may
+    stay behind; key_mapping: other names of weights. Anything else is an error. Only safetensors are read: a pickle
+    could run code.
     """
     try:
-        model, info = cls.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to name them below
-            **config,
-        )
+        if dist.get_rank() == 0:
+            model, info = cls.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them below
+                key_mapping=key_mapping,
+                **config,
+            )
+        else:
+            settings = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **config)
+            with torch.device("meta"):
+                model = cls.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+            info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     except Exception as exception:
         raise UserError(f"{flag} {name} cannot be loaded: {exception}") from None
     missing = sorted(set(info["missing_keys"]) - set(fresh))
-    unexpected = sorted(set(info["unexpected_keys"]) - set(left))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(tuple(left)))
     if missing or unexpected or info["mismatched_keys"]:
         raise UserError(
             f"{flag} {name} does not fit {cls.__name__}: weights missing {missing[:3]}, unexpected {unexpected[:3]}, "
@@ -413,25 +475,57 @@ def load_score_model(name: str, dtype: torch.dtype, flag: str, seed: int, trust_
             raise UserError(f"{flag} {name} has {config.num_labels} labels; a score model has one")
         biased = architecture.endswith("ForTokenClassification")  # the class that keeps a bias of the head
         cls = AutoModelForTokenClassification if biased else AutoModelForSequenceClassification
-        return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code))
+        model = load_pretrained(cls, name, dtype, flag, trust_remote_code)
+        if not hasattr(model, "score"):
+            raise UserError(f"{flag} {name} is a {architecture}, whose head scores no tokens; give a decoder's")
+        return ScoreModel(model)
+    if architecture.endswith("ForScore"):  # Safe RLHF's own class (arXiv 2310.12773): the head has a bias
+        cls, names = AutoModelForTokenClassification, {r"^score_head\.": "score."}
+        left = ("normalizer.",)  # statistics that its training kept beside the model
+        return ScoreModel(
+            load_pretrained(cls, name, dtype, flag, trust_remote_code, left=left, key_mapping=names, num_labels=1)
+        )
     if not fresh_head:
         raise UserError(f"{flag} {name} is a {architecture or 'model'} without a score head; give a score model")
     torch.manual_seed(seed)
-    cls, head, lm_head = AutoModelForSequenceClassification, {"score.weight"}, {"lm_head.weight"}
+    cls, head, lm_head = AutoModelForSequenceClassification, ("score.weight",), ("lm_head.weight",)
     return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code, head, lm_head, num_labels=1))
 
 
 def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
     """FSDP2: each transformer block is gathered when it computes, the rest with the root.
 
+    The weights are those of rank 0, the only process that ever holds them all; they reach the others tensor by tensor.
     The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
     """
+    weights = model.state_dict() if dist.get_rank() == 0 else {}
+    # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
+    buffers = {key: buffer for key, buffer in model.named_buffers() if key not in weights}
+    extra = [buffers, getattr(model, "generation_config", None)]
+    dist.broadcast_object_list(extra)
+    model.to_empty(device="meta")
+    model.tie_weights()  # moving a model between devices parts what is tied
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     for module in [module for module in model.modules() if type(module).__name__ in blocks]:
         fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    return fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    model.tie_weights()
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for key, buffer in extra[0].items():
+        module, _, name = key.rpartition(".")
+        setattr(model.get_submodule(module), name, buffer.to(mesh.device_type))
+    if extra[1] is not None:
+        model.generation_config = extra[1]
+    return model
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Keep only the inputs of transformer blocks for the backward pass. The library is changing its method's name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
@@ -450,35 +544,162 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     dist.barrier()
 
 
-def open_run(args) -> Path:
-    """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
+def open_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
+    """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused.
+
+    With --resume a run in it is gone on with: its logs are cut back to the newest whole checkpoint. Returns the
+    directory and what save_checkpoint wrote of the run, nothing for a new one. Ends the process if the run is finished.
+    """
     if args.output_dir is not None and not args.output_dir.strip():
         fail("--output-dir is empty; give a directory, or leave the flag out")
+    if args.resume and args.output_dir is None:
+        fail("--resume goes on with a run: give its --output-dir")
     name = [args.output_dir]
     if name[0] is None:
         name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(name)
-    folder = Path(name[0])
+    folder, saved = Path(name[0]), [{}]
     with agreed():
         if dist.get_rank() == 0:
-            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part tensorboard stage1 stage2 merged"
-            held = [entry for entry in mine.split() if os.path.lexists(folder / entry)]
-            if held:
-                state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
-                raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")
+            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part checkpoints tensorboard"
+            held = [entry for entry in f"{mine} stage1 stage2 merged".split() if os.path.lexists(folder / entry)]
             if args.track and not importlib.util.find_spec("wandb"):
                 raise UserError("--track needs the wandb package: pip install wandb")
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / "args.json", dataclasses.asdict(args))
+                if held and args.resume and held[0] == "args.json":
+                    saved = [find_checkpoint(folder, args, dtype)]
+                elif held:
+                    advice = "choose another directory or remove that one"
+                    state = f"an unfinished run or other files ({held[0]})"
+                    if "summary.json" in held:
+                        state = "a finished run"
+                    elif held[0] == "args.json":
+                        advice += ", or go on with the run by --resume"
+                    raise UserError(f"--output-dir {folder} holds {state}; {advice}")
+                else:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_json(folder / "args.json", dataclasses.asdict(args))
             except OSError as exception:
                 raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
-            if args.track:
+            if args.track and saved[0] is not None:
                 import wandb
 
                 config = dataclasses.asdict(args)
                 wandb.init(project="safe-rlhf", name=folder.name, config=config, sync_tensorboard=True)
-    return folder
+    dist.broadcast_object_list(saved)
+    if saved[0] is None:
+        if dist.get_rank() == 0:
+            print(f"the run in {folder} is finished")
+        shut_down()
+        sys.exit(0)
+    return folder, saved[0]
+
+
+def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
+    """What save_checkpoint wrote of the newest whole checkpoint, {} if there is none, None if the run is finished.
+
+    The run's logs are cut back to it. Flags that the run did not have are refused by name, but for those that change
+    neither the mathematics nor the random numbers.
+    """
+    may_change = "output_dir resume save_every eval_every track micro_batch_size gradient_checkpointing cpu_offload"
+    settings = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples are lists in JSON
+    with contextlib.suppress(ValueError):  # killed while this was written: nothing else is there yet
+        for key, value in json.loads((folder / "args.json").read_text(encoding="utf-8")).items():
+            if settings.get(key) != value and key not in f"{may_change} shard_over whole_rollout".split():
+                flag, given = f"--{key.replace('_', '-')}", settings.get(key)
+                raise UserError(f"--resume: the run in {folder} has {flag} {value}, not {given}; give the same flags")
+    if (folder / "summary.json").exists():
+        return None
+    saved, logs, name = {}, {}, str(dtype).removeprefix("torch.")
+    for place in sorted((folder / "checkpoints").glob("[0-9]*[0-9]"), reverse=True):
+        try:
+            found = json.loads((place / "state.json").read_text(encoding="utf-8"))
+            for file, size in found["files"].items():
+                if (place / file).stat().st_size != size:
+                    raise ValueError(f"{file} is cut short")
+        except (OSError, ValueError, KeyError) as exception:
+            print(f"passed over the checkpoint {place}, which is not whole: {exception}", file=sys.stderr, flush=True)
+            continue
+        saved, logs = found["state"] | {"checkpoint": str(place)}, found["logs"]
+        if saved["dtype"] != name:
+            raise UserError(f"--resume: the run in {folder} has computed in {saved['dtype']}, not {name}; set --dtype")
+        break
+    for log in log_files(folder):
+        size = logs.get(str(log.relative_to(folder)))
+        os.truncate(log, size) if size is not None else log.unlink()
+    start = f"from {saved['checkpoint']}" if saved else "from the start, as there is no checkpoint"
+    print(f"resuming the run in {folder} {start}", file=sys.stderr, flush=True)
+    return saved
+
+
+def log_files(folder: Path) -> list[Path]:
+    """The files of a run that grow by what is added at their end."""
+    files = [folder / "metrics.jsonl", folder / "eval.jsonl", *(folder / "tensorboard").glob("*")]
+    return [path for path in files if path.is_file()]
+
+
+def training_state(**trained) -> dict[str, torch.Tensor]:
+    """Weights and optimizer states of pairs (model, optimizer) by name; loading them fills these tensors in place."""
+    tensors = {}
+    for name, (model, optimizer) in trained.items():
+        tensors |= {f"{name}.{key}": value.detach() for key, value in model.named_parameters()}
+        moments = get_optimizer_state_dict(
+            model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
+        )
+        tensors |= {f"{name}.{key}": value for key, value in moments.items() if torch.is_tensor(value)}
+    return tensors
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, state: dict) -> None:
+    """Write what a run needs to go on after `step`: safetensors and JSON in folder/checkpoints. Keep the newest two.
+
+    Every rank writes its shards. They are written beside and renamed, so that a kill at any time leaves whole ones.
+    """
+    place = folder / "checkpoints" / f"{step:08d}"
+    beside = place.with_suffix(".part")
+    if dist.get_rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    dist.barrier()
+    # A rank copies a whole file to CPU memory before it writes it, so that the files must not be large.
+    files = 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // 2**34
+    numbers = {name: 1 + i * files // len(tensors) for i, name in enumerate(tensors)}
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
+    except dcp.api.CheckpointException as exception:  # the same on all ranks
+        fail(f"the checkpoint {place} cannot be written: {next(iter(exception.failures.values()))[0]}")
+    if dist.get_rank() == 0:
+        logs = {str(log.relative_to(folder)): log.stat().st_size for log in log_files(folder)}
+        sizes = {file.name: file.stat().st_size for file in beside.iterdir()}
+        state = state | {"dtype": str(dtype).removeprefix("torch."), "processes": dist.get_world_size()}
+        write_json(beside / "state.json", {"files": sizes, "logs": logs, "state": state})
+        shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
+        for old in sorted(place.parent.glob("[0-9]*[0-9]"))[:-2]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(saved: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill the tensors of a run with those of a checkpoint, from whatever number of processes it came."""
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(saved["checkpoint"]))
+
+
+def heed_sigterm() -> threading.Event:
+    """From now on SIGTERM only sets the event that is returned; the training loop saves and stops between two steps."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return stop
+
+
+def stop_run(folder: Path, what: str) -> NoReturn:
+    """End a run that SIGTERM stopped and that has just saved a checkpoint, with the status that shells give to it."""
+    if dist.get_rank() == 0:
+        message = f"stopped by SIGTERM after {what}; to go on, add --resume --output-dir {folder} to the same command"
+        print(message, file=sys.stderr, flush=True)
+    shut_down()
+    sys.exit(128 + signal.SIGTERM)
 
 
 def finite(value):
@@ -540,7 +761,7 @@ def check_args(args: Args) -> None:
     for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "learning_rate", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
-    for name in ("regularization", "weight_decay", "warmup_ratio"):
+    for name in ("regularization", "weight_decay", "warmup_ratio", "save_every"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 0 or more")
     if not 0 <= args.seed < 2**63:
@@ -552,7 +773,7 @@ def check_args(args: Args) -> None:
             f"--batch-size {args.batch_size} does not divide among {dist.get_world_size()} processes; "
             f"give a multiple of {dist.get_world_size()}"
         )
-    if "{prompt}" not in args.prompt_template:
+    if "{prompt}" not in args.prompt_template and args.prompt_template != "chat":
         raise UserError(f"--prompt-template '{args.prompt_template}' has no {{prompt}} in it")
 
 
@@ -563,7 +784,10 @@ def load_pairs(args: Args, name: str, split: str, flag: str, tokenizer) -> list[
     """
     preference = "better_response_id" if args.kind == "reward" else "safer_response_id"
     safety = [] if args.kind == "reward" else ["is_response_0_safe", "is_response_1_safe"]
-    columns = load_rows(name, split, ["prompt", "response_0", "response_1", preference, *safety], flag)
+    others = ("chosen", "rejected") if args.kind == "reward" else ()
+    columns = load_rows(name, split, ["prompt", "response_0", "response_1", preference, *safety], flag, others)
+    if "chosen" in columns:
+        return load_dialogues(args, columns, name, flag, tokenizer)
     check_texts(columns["prompt"], "prompt", name, flag)
     ids = []
     for column in ("response_0", "response_1"):
@@ -588,6 +812,30 @@ def load_pairs(args: Args, name: str, split: str, flag: str, tokenizer) -> list[
             }
         )
     return pairs
+
+
+def load_dialogues(args: Args, columns: dict[str, list], name: str, flag: str, tokenizer) -> list[dict]:
+    """Pairs of whole dialogues that end in an answer, the chosen one first; those with an empty answer are dropped."""
+    turn = "\n\nAssistant:"
+    if args.prompt_template != "{prompt}":
+        raise UserError(f"{flag} {name}: its dialogues are read as they are; leave --prompt-template out")
+    pairs, kept = [], []
+    for row, texts in enumerate(zip(columns["chosen"], columns["rejected"], strict=True)):
+        if not all(isinstance(text, str) and turn in text for text in texts):
+            raise UserError(f"{flag} {name}: row {row} has a dialogue without '{turn}'".replace("\n", "\\n"))
+        (prompt, _, chosen), (_, _, rejected) = (text.rpartition(turn) for text in texts)
+        if chosen.strip() and rejected.strip():
+            pairs.append(
+                {"prompt": prompt + turn, "responses": [chosen, rejected], "texts": texts, "signs": [-1.0, -1.0]}
+            )
+    dropped = len(columns["chosen"]) - len(pairs)
+    if dropped and dist.get_rank() == 0:
+        print(f"{flag}: dropped {dropped} of {dropped + len(pairs)} pairs, whose answer is empty")
+    if not pairs:
+        raise UserError(f"{flag} {name}: all answers are empty")
+    empty = [""] * len(kept)
+    ids = [encode_scored(tokenizer, texts, empty, "{prompt}", args.max_length) for texts in zip(*kept, strict=True)]
+    return [pair | {"ids": list(both)} for pair, *both in zip(pairs, *ids, strict=True)]
 
 
 def score_pairs(model: ScoreModel, pairs: list[dict], pad_id: int, device) -> torch.Tensor:
@@ -639,6 +887,8 @@ def main(device: torch.device, mesh) -> None:
     start_time = time.time()
     rank, world = dist.get_rank(), dist.get_world_size()
     dtype = compute_dtype(args.dtype, device)
+    if args.shard_over == "world":
+        mesh = init_device_mesh(device.type, (world,))
 
     # ---- Data and model: everything a mistake may hide in comes before the output directory is made
     with agreed():
@@ -656,26 +906,34 @@ def main(device: torch.device, mesh) -> None:
         limit = getattr(model.model.config, "max_position_embeddings", None) or longest
         if longest > limit:
             raise UserError(f"a text has {longest} tokens, but --model reads {limit}: lower --max-length to {limit}")
-        if args.gradient_checkpointing:
-            model.model.gradient_checkpointing_enable()
-    folder = open_run(args)
-    model = shard(model.train(), mesh, dtype)
+    shard(model.train(), mesh, dtype)
+    if args.gradient_checkpointing:
+        recompute_activations(model.model)
+    folder, saved = open_run(args, dtype)
+    group = {"params": list(model.parameters()), "initial_lr": args.learning_rate}
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+        [group], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     steps = args.epochs * steps_per_epoch
     warmup = min(math.ceil(args.warmup_ratio * steps), steps - 1)  # a warm-up begins at zero
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    done, skipped = saved.get("step", 0), saved.get("skipped", 0)
+    skipped_in_a_row = saved.get("skipped_in_a_row", 0)
+    start_time -= saved.get("seconds", 0.0)
+    if saved:
+        load_checkpoint(saved, training_state(model=(model, optimizer)))
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=done - 1)
     writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
     local = args.batch_size // world  # pairs of this rank in each batch
-    skipped = skipped_in_a_row = 0
+    stop = heed_sigterm()
 
     # ---- Training
-    bar = tqdm(total=steps, desc=f"{args.kind} model", disable=rank != 0)
+    bar = tqdm(total=steps, initial=done, desc=f"{args.kind} model", disable=rank != 0)
     for epoch in range(args.epochs):
         order = torch.randperm(len(train_pairs), generator=random_generator(args.seed, "pairs", epoch)).tolist()
         for batch_index in range(steps_per_epoch):
             step = epoch * steps_per_epoch + batch_index + 1
+            if step <= done:
+                continue
             start = batch_index * args.batch_size + rank * local
             batch = [train_pairs[i] for i in order[start : start + local]]
             loss_sum, right = 0.0, 0
@@ -702,7 +960,7 @@ def main(device: torch.device, mesh) -> None:
                     f"{skipped_in_a_row} updates in a row had gradients that are not finite (step {step}); "
                     f"try a lower --learning-rate"
                 )
-            loss_sum, right = global_sum(loss_sum, right, device=device)
+            loss_sum, right, stopped = global_sum(loss_sum, right, stop.is_set(), device=device)
             metrics = {
                 "step": step,
                 "epoch": step / steps_per_epoch,
@@ -720,7 +978,17 @@ def main(device: torch.device, mesh) -> None:
                 log_metrics(folder, writer, metrics, step)
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", pair_accuracy=f"{metrics['pair_accuracy']:.3f}")
                 bar.update()
+            if step < steps and (stopped or (args.save_every and step % args.save_every == 0)):
+                if rank == 0:
+                    writer.flush()
+                state = {"step": step, "skipped": skipped, "skipped_in_a_row": skipped_in_a_row}
+                state["seconds"] = time.time() - start_time
+                save_checkpoint(folder, step, training_state(model=(model, optimizer)), dtype, state)
+                if stopped:
+                    bar.close()
+                    stop_run(folder, f"step {step} of {steps}")
     bar.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     # ---- Files
     save_model(model, tokenizer, folder / "model")

@@ -32,6 +32,8 @@ Without flags it runs on the embedded toy world: on a laptop, offline, in about 
 
 import contextlib
 import dataclasses
+import datetime
+import functools
 import hashlib
 import importlib.util
 import io
@@ -40,7 +42,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +54,23 @@ import datasets
 import huggingface_hub
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import tyro
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 TOY = Path(__file__).resolve().parent / "toy"
 
@@ -76,6 +87,10 @@ class Args:
     """where the run is written; default runs/<exp-name>-<seed>-<time>"""
     track: bool = False
     """also log to Weights & Biases (needs the wandb package)"""
+    save_every: int = 0
+    """optimizer steps between checkpoints, of which two are kept; 0 writes one only when SIGTERM ends the run"""
+    resume: bool = False
+    """go on from the newest whole checkpoint in --output-dir, or start there if it holds nothing"""
 
     # Model (a folder, or an id of the Hub)
     model: str = str(TOY / "policy")
@@ -86,6 +101,8 @@ class Args:
     """compute type; auto: bfloat16 on CUDA and on CPUs with instructions for it, else float32; masters stay float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    shard_over: Literal["node", "world"] = "node"
+    """processes that share one copy of a model: those of each node (hybrid sharding) or all; the same on one node"""
 
     # Pairs
     dataset: str = str(TOY / "data" / "train.parquet")
@@ -99,7 +116,7 @@ class Args:
     train_size: int = 8192
     """training pairs at most, drawn at random, the same in both stages; 0 takes all"""
     prompt_template: str = "{prompt}"
-    """text put around a prompt; the response follows it directly"""
+    """text put around a prompt, the response follows it directly; "chat" takes the tokenizer's chat template"""
     max_prompt_length: int = 64
     """tokens of a prompt in its template; pairs with longer ones are dropped"""
     max_length: int = 512
@@ -218,19 +235,23 @@ def response_logprobs(
         use_cache=False,
         logits_to_keep=length + 1,
     ).logits[:, :-1]
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return logprobs.gather(2, sequences[:, -length:, None]).squeeze(2)
+    # A few positions at a time, computed again for the gradient: the logits of a batch in float32 would be gigabytes.
+    step = max(1, 2**24 // (logits.shape[0] * logits.shape[2]))
+    chunks = zip(logits.split(step, 1), sequences[:, -length:].split(step, 1), strict=True)
+    return torch.cat([checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks], dim=1)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities of tokens [batch, length] under tempered logits [batch, length, vocabulary]."""
+    return (logits.float() / temperature).log_softmax(-1).gather(2, tokens[:, :, None]).squeeze(2)
 
 
 def pair_logprobs(policy, pairs: list[Pair], pad_id: int, device) -> torch.Tensor:
     """log π(y | x) of both responses of each pair in float32, [pairs, 2]: the sum over a response's tokens, EOS too."""
     texts = [text for pair in pairs for text in pair.ids]
-    prompt_ids, prompt_mask = pad([prompt for prompt, _ in texts], pad_id, side="left")
-    response_ids, response_mask = pad([response for _, response in texts], pad_id, side="right")
-    sequences = torch.cat([prompt_ids, response_ids], dim=1).to(device)
-    attention_mask = torch.cat([prompt_mask, response_mask], dim=1).to(device)
-    logprobs = response_logprobs(policy, sequences, attention_mask, response_ids.shape[1], 1.0)  # [2 pairs, response]
-    return logprobs.masked_fill(response_mask.to(device) == 0, 0.0).sum(1).unflatten(0, (-1, 2))
+    sequences, attention_mask, response_mask = (tensor.to(device) for tensor in pad_texts(texts, pad_id))
+    logprobs = response_logprobs(policy, sequences, attention_mask, response_mask.shape[1], 1.0)  # [2 pairs, response]
+    return logprobs.masked_fill(response_mask == 0, 0.0).sum(1).unflatten(0, (-1, 2))
 
 
 # ======================================================================================================================
@@ -272,13 +293,17 @@ def agreed():
 
 
 def start_processes():
-    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh over all processes)."""
+    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh).
+
+    The mesh is [processes], or [nodes, processes of a node] where there are several of both: FSDP2 then shards a model
+    inside each node and replicates it across nodes (hybrid sharding), where the network is slower.
+    """
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
+    if "RANK" in os.environ:  # rank 0 may be downloading while the others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     transformers.logging.set_verbosity_error()
@@ -286,7 +311,10 @@ def start_processes():
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 1 < local < world and world % local == 0:
+        return device, init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    return device, init_device_mesh(device.type, (world,))
 
 
 def read_args(cls, check):
@@ -349,8 +377,11 @@ def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
     return name
 
 
-def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str, list]:
-    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub."""
+def load_rows(name: str, split: str, columns: list[str], flag: str, others: tuple[str, ...] = ()) -> dict[str, list]:
+    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub.
+
+    others: the columns of another form that the data may have instead.
+    """
     readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(locate(name, "dataset", flag))
     try:
@@ -361,6 +392,8 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
             rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
         else:
             rows = datasets.load_dataset(name, split=split)
+        if others and set(others) <= set(rows.column_names):
+            columns = others
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
@@ -371,7 +404,9 @@ def load_rows(name: str, split: str, columns: list[str], flag: str) -> dict[str,
         ) from None
     missing = [column for column in columns if column not in values]
     if missing:
-        raise UserError(f"{flag} {name}: no column '{missing[0]}'; the columns are {', '.join(rows.column_names)}")
+        expected = f" (nor all of {', '.join(others)})" if others else ""
+        there = ", ".join(rows.column_names)
+        raise UserError(f"{flag} {name}: no column '{missing[0]}'{expected}; the columns are {there}")
     if len(rows) == 0:
         raise UserError(f"{flag} {name}: split '{split}' has no rows")
     return values
@@ -410,14 +445,56 @@ def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) 
     return ids, mask
 
 
+def part(ids: list[int], prompt_ids: list[int]) -> tuple[list[int], list[int]]:
+    """Tokens of a whole text as (prompt, response), parted where they first differ from the prompt's own."""
+    same = itertools.takewhile(lambda both: both[0] == both[1], zip(ids, prompt_ids, strict=False))
+    start = min(len(list(same)), len(ids) - 1)  # a response has at least its EOS
+    return ids[:start], ids[start:]
+
+
+def pad_texts(texts: list[tuple[list[int], list[int]]], value: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Texts (prompt, response) as the policy samples them: prompts padded on the left, responses on the right.
+
+    Returns sequences and attention mask, [batch, prompt + response], and response mask, [batch, response].
+    """
+    prompt_ids, prompt_mask = pad([prompt for prompt, _ in texts], value, side="left")
+    response_ids, response_mask = pad([response for _, response in texts], value, side="right")
+    return torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
+
+
+def in_template(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
+    """Tokens of prompts in their template, each with its response directly behind it where responses are given.
+
+    The template "chat" is the tokenizer's own: the prompt as the user's turn, then the head of the assistant's. It
+    brings its special tokens along.
+    """
+    if template == "chat":
+        if not tokenizer.chat_template:
+            raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; give one with {{prompt}}")
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    else:
+        texts = [template.replace("{prompt}", prompt) for prompt in prompts]
+    if responses is not None:
+        texts = [text + response for text, response in zip(texts, responses, strict=True)]
+    return tokenizer(texts, add_special_tokens=template != "chat")["input_ids"] if texts else []
+
+
+def encode_prompts(tokenizer, template: str, prompts: list[str], source: str) -> list[list[int]]:
+    """Tokens of prompts in their template, for a policy to go on from; source: flag and name of the data."""
+    encoded = in_template(tokenizer, template, prompts)
+    # Some tokenizers end every text in EOS; a prompt that has ended would leave nothing to answer.
+    encoded = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
+    if [] in encoded:
+        raise UserError(f"{source}: the prompt {prompts[encoded.index([])]!r} has no tokens; take it out of the data")
+    return encoded
+
+
 def encode_scored(
     tokenizer, prompts: list[str], responses: list[str], template: str, max_length: int
 ) -> list[list[int]]:
     """Tokens of prompt, response and EOS as a score model reads them; a text over max_length tokens loses its end."""
-    texts = [
-        template.replace("{prompt}", prompt) + response for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    encoded = tokenizer(texts)["input_ids"] if texts else []
+    encoded = in_template(tokenizer, template, prompts, responses)
     eos = tokenizer.eos_token_id
     return [(ids if ids[-1:] == [eos] else [*ids, eos])[:max_length] for ids in encoded]
 
@@ -428,27 +505,43 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def load_pretrained(
-    cls, name: str, dtype: torch.dtype, flag: str, trust_remote_code: bool, fresh=(), left=(), **config
+    cls,
+    name: str,
+    dtype: torch.dtype,
+    flag: str,
+    trust_remote_code: bool,
+    fresh: tuple[str, ...] = (),
+    left: tuple[str, ...] = (),
+    key_mapping: dict[str, str] | None = None,
+    **config,
 ):
-    """A model of the library's class `cls`, with every weight accounted for.
+    """A model of the library's class `cls`: with its weights on rank 0, on the meta device elsewhere (see `shard`).
 
-    fresh: weights that the checkpoint may lack, left: weights of it that may stay behind. Any other is an error.
-    Only safetensors are read: a pickle could run code.
+    Every weight is accounted for. fresh: weights that the checkpoint may lack; left: first letters of those that may
+    stay behind; key_mapping: other names of weights. Anything else is an error. Only safetensors are read: a pickle
+    could run code.
     """
     try:
-        model, info = cls.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to name them below
-            **config,
-        )
+        if dist.get_rank() == 0:
+            model, info = cls.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them below
+                key_mapping=key_mapping,
+                **config,
+            )
+        else:
+            settings = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **config)
+            with torch.device("meta"):
+                model = cls.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+            info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     except Exception as exception:
         raise UserError(f"{flag} {name} cannot be loaded: {exception}") from None
     missing = sorted(set(info["missing_keys"]) - set(fresh))
-    unexpected = sorted(set(info["unexpected_keys"]) - set(left))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(tuple(left)))
     if missing or unexpected or info["mismatched_keys"]:
         raise UserError(
             f"{flag} {name} does not fit {cls.__name__}: weights missing {missing[:3]}, unexpected {unexpected[:3]}, "
@@ -465,14 +558,37 @@ def load_pretrained(
 def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
     """FSDP2: each transformer block is gathered when it computes, the rest with the root.
 
+    The weights are those of rank 0, the only process that ever holds them all; they reach the others tensor by tensor.
     The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
     """
+    weights = model.state_dict() if dist.get_rank() == 0 else {}
+    # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
+    buffers = {key: buffer for key, buffer in model.named_buffers() if key not in weights}
+    extra = [buffers, getattr(model, "generation_config", None)]
+    dist.broadcast_object_list(extra)
+    model.to_empty(device="meta")
+    model.tie_weights()  # moving a model between devices parts what is tied
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     for module in [module for module in model.modules() if type(module).__name__ in blocks]:
         fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    return fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    model.tie_weights()
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for key, buffer in extra[0].items():
+        module, _, name = key.rpartition(".")
+        setattr(model.get_submodule(module), name, buffer.to(mesh.device_type))
+    if extra[1] is not None:
+        model.generation_config = extra[1]
+    return model
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Keep only the inputs of transformer blocks for the backward pass. The library is changing its method's name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
@@ -491,35 +607,162 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     dist.barrier()
 
 
-def open_run(args) -> Path:
-    """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused."""
+def open_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
+    """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused.
+
+    With --resume a run in it is gone on with: its logs are cut back to the newest whole checkpoint. Returns the
+    directory and what save_checkpoint wrote of the run, nothing for a new one. Ends the process if the run is finished.
+    """
     if args.output_dir is not None and not args.output_dir.strip():
         fail("--output-dir is empty; give a directory, or leave the flag out")
+    if args.resume and args.output_dir is None:
+        fail("--resume goes on with a run: give its --output-dir")
     name = [args.output_dir]
     if name[0] is None:
         name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(name)
-    folder = Path(name[0])
+    folder, saved = Path(name[0]), [{}]
     with agreed():
         if dist.get_rank() == 0:
-            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part tensorboard stage1 stage2 merged"
-            held = [entry for entry in mine.split() if os.path.lexists(folder / entry)]
-            if held:
-                state = "a finished run" if "summary.json" in held else f"an unfinished run or other files ({held[0]})"
-                raise UserError(f"--output-dir {folder} holds {state}; choose another directory or remove that one")
+            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part checkpoints tensorboard"
+            held = [entry for entry in f"{mine} stage1 stage2 merged".split() if os.path.lexists(folder / entry)]
             if args.track and not importlib.util.find_spec("wandb"):
                 raise UserError("--track needs the wandb package: pip install wandb")
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / "args.json", dataclasses.asdict(args))
+                if held and args.resume and held[0] == "args.json":
+                    saved = [find_checkpoint(folder, args, dtype)]
+                elif held:
+                    advice = "choose another directory or remove that one"
+                    state = f"an unfinished run or other files ({held[0]})"
+                    if "summary.json" in held:
+                        state = "a finished run"
+                    elif held[0] == "args.json":
+                        advice += ", or go on with the run by --resume"
+                    raise UserError(f"--output-dir {folder} holds {state}; {advice}")
+                else:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_json(folder / "args.json", dataclasses.asdict(args))
             except OSError as exception:
                 raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
-            if args.track:
+            if args.track and saved[0] is not None:
                 import wandb
 
                 config = dataclasses.asdict(args)
                 wandb.init(project="safe-rlhf", name=folder.name, config=config, sync_tensorboard=True)
-    return folder
+    dist.broadcast_object_list(saved)
+    if saved[0] is None:
+        if dist.get_rank() == 0:
+            print(f"the run in {folder} is finished")
+        shut_down()
+        sys.exit(0)
+    return folder, saved[0]
+
+
+def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
+    """What save_checkpoint wrote of the newest whole checkpoint, {} if there is none, None if the run is finished.
+
+    The run's logs are cut back to it. Flags that the run did not have are refused by name, but for those that change
+    neither the mathematics nor the random numbers.
+    """
+    may_change = "output_dir resume save_every eval_every track micro_batch_size gradient_checkpointing cpu_offload"
+    settings = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples are lists in JSON
+    with contextlib.suppress(ValueError):  # killed while this was written: nothing else is there yet
+        for key, value in json.loads((folder / "args.json").read_text(encoding="utf-8")).items():
+            if settings.get(key) != value and key not in f"{may_change} shard_over whole_rollout".split():
+                flag, given = f"--{key.replace('_', '-')}", settings.get(key)
+                raise UserError(f"--resume: the run in {folder} has {flag} {value}, not {given}; give the same flags")
+    if (folder / "summary.json").exists():
+        return None
+    saved, logs, name = {}, {}, str(dtype).removeprefix("torch.")
+    for place in sorted((folder / "checkpoints").glob("[0-9]*[0-9]"), reverse=True):
+        try:
+            found = json.loads((place / "state.json").read_text(encoding="utf-8"))
+            for file, size in found["files"].items():
+                if (place / file).stat().st_size != size:
+                    raise ValueError(f"{file} is cut short")
+        except (OSError, ValueError, KeyError) as exception:
+            print(f"passed over the checkpoint {place}, which is not whole: {exception}", file=sys.stderr, flush=True)
+            continue
+        saved, logs = found["state"] | {"checkpoint": str(place)}, found["logs"]
+        if saved["dtype"] != name:
+            raise UserError(f"--resume: the run in {folder} has computed in {saved['dtype']}, not {name}; set --dtype")
+        break
+    for log in log_files(folder):
+        size = logs.get(str(log.relative_to(folder)))
+        os.truncate(log, size) if size is not None else log.unlink()
+    start = f"from {saved['checkpoint']}" if saved else "from the start, as there is no checkpoint"
+    print(f"resuming the run in {folder} {start}", file=sys.stderr, flush=True)
+    return saved
+
+
+def log_files(folder: Path) -> list[Path]:
+    """The files of a run that grow by what is added at their end."""
+    files = [folder / "metrics.jsonl", folder / "eval.jsonl", *(folder / "tensorboard").glob("*")]
+    return [path for path in files if path.is_file()]
+
+
+def training_state(**trained) -> dict[str, torch.Tensor]:
+    """Weights and optimizer states of pairs (model, optimizer) by name; loading them fills these tensors in place."""
+    tensors = {}
+    for name, (model, optimizer) in trained.items():
+        tensors |= {f"{name}.{key}": value.detach() for key, value in model.named_parameters()}
+        moments = get_optimizer_state_dict(
+            model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
+        )
+        tensors |= {f"{name}.{key}": value for key, value in moments.items() if torch.is_tensor(value)}
+    return tensors
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, state: dict) -> None:
+    """Write what a run needs to go on after `step`: safetensors and JSON in folder/checkpoints. Keep the newest two.
+
+    Every rank writes its shards. They are written beside and renamed, so that a kill at any time leaves whole ones.
+    """
+    place = folder / "checkpoints" / f"{step:08d}"
+    beside = place.with_suffix(".part")
+    if dist.get_rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    dist.barrier()
+    # A rank copies a whole file to CPU memory before it writes it, so that the files must not be large.
+    files = 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // 2**34
+    numbers = {name: 1 + i * files // len(tensors) for i, name in enumerate(tensors)}
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
+    except dcp.api.CheckpointException as exception:  # the same on all ranks
+        fail(f"the checkpoint {place} cannot be written: {next(iter(exception.failures.values()))[0]}")
+    if dist.get_rank() == 0:
+        logs = {str(log.relative_to(folder)): log.stat().st_size for log in log_files(folder)}
+        sizes = {file.name: file.stat().st_size for file in beside.iterdir()}
+        state = state | {"dtype": str(dtype).removeprefix("torch."), "processes": dist.get_world_size()}
+        write_json(beside / "state.json", {"files": sizes, "logs": logs, "state": state})
+        shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
+        for old in sorted(place.parent.glob("[0-9]*[0-9]"))[:-2]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(saved: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill the tensors of a run with those of a checkpoint, from whatever number of processes it came."""
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(saved["checkpoint"]))
+
+
+def heed_sigterm() -> threading.Event:
+    """From now on SIGTERM only sets the event that is returned; the training loop saves and stops between two steps."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return stop
+
+
+def stop_run(folder: Path, what: str) -> NoReturn:
+    """End a run that SIGTERM stopped and that has just saved a checkpoint, with the status that shells give to it."""
+    if dist.get_rank() == 0:
+        message = f"stopped by SIGTERM after {what}; to go on, add --resume --output-dir {folder} to the same command"
+        print(message, file=sys.stderr, flush=True)
+    shut_down()
+    sys.exit(128 + signal.SIGTERM)
 
 
 def finite(value):
@@ -567,7 +810,7 @@ def check_args(args: Args) -> None:
         "max_prompt_length max_length beta beta_over_lambda epochs batch_size micro_batch_size learning_rate "
         "max_grad_norm"
     )
-    zero_or_more = "train_size warmup_ratio weight_decay"
+    zero_or_more = "train_size warmup_ratio weight_decay save_every"
     for name in above_zero.split() + zero_or_more.split():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if not (0 < value < math.inf if name in above_zero.split() else 0 <= value < math.inf):
@@ -581,7 +824,7 @@ def check_args(args: Args) -> None:
             f"--batch-size {args.batch_size} does not divide among {dist.get_world_size()} processes; "
             f"give a multiple of {dist.get_world_size()}"
         )
-    if "{prompt}" not in args.prompt_template:
+    if "{prompt}" not in args.prompt_template and args.prompt_template != "chat":
         raise UserError(f"--prompt-template '{args.prompt_template}' has no {{prompt}} in it")
     if args.max_length <= args.max_prompt_length:
         raise UserError(
@@ -631,9 +874,7 @@ def load_preferences(args: Args, name: str, split: str, flag: str, tokenizer, si
                 raise UserError(f"{flag} {name}: row {row} has {column} {columns[column][row]!r}; it must be {allowed}")
 
     distinct = list(dict.fromkeys(columns["prompt"]))
-    encoded = tokenizer([args.prompt_template.replace("{prompt}", text) for text in distinct])["input_ids"]
-    # Some tokenizers end every text in EOS; a prompt that has ended would leave nothing to answer.
-    encoded = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
+    encoded = encode_prompts(tokenizer, args.prompt_template, distinct, f"{flag} {name}")
     prompt_ids = dict(zip(distinct, encoded, strict=True))
     rows = [row for row, text in enumerate(columns["prompt"]) if len(prompt_ids[text]) <= args.max_prompt_length]
     dropped = len(columns["prompt"]) - len(rows)
@@ -666,13 +907,6 @@ def load_preferences(args: Args, name: str, split: str, flag: str, tokenizer, si
             responses = [columns[answers[i]][row] for i in (first, 1 - first)]
             pairs[preference].append(Pair(prompt, responses, [ids[first], ids[1 - first]], desirable))
     return pairs
-
-
-def part(ids: list[int], prompt_ids: list[int]) -> tuple[list[int], list[int]]:
-    """Tokens of a whole text as (prompt, response), parted where they first differ from the prompt's own."""
-    same = itertools.takewhile(lambda both: both[0] == both[1], zip(ids, prompt_ids, strict=False))
-    start = min(len(list(same)), len(ids) - 1)  # a response has at least its EOS
-    return ids[:start], ids[start:]
 
 
 def stage_batches(seed: int, preference: str, epochs: int, pairs: int, batch: int) -> list[list[int]]:
@@ -731,6 +965,8 @@ def main(device: torch.device, mesh) -> None:
     start_time = time.time()
     rank, world = dist.get_rank(), dist.get_world_size()
     dtype = compute_dtype(args.dtype, device)
+    if args.shard_over == "world":
+        mesh = init_device_mesh(device.type, (world,))
 
     # ---- Pairs and model: everything a mistake may hide in comes before the output directory is made
     with agreed():
@@ -756,38 +992,54 @@ def main(device: torch.device, mesh) -> None:
         limit = getattr(policy.config, "max_position_embeddings", None) or longest
         if longest > limit:
             raise UserError(f"a text has {longest} tokens, but --model reads {limit}: lower --max-length to {limit}")
-        if args.gradient_checkpointing:
-            policy.gradient_checkpointing_enable()
-    folder = open_run(args)
-    policy = shard(policy.train(), mesh, dtype)  # there is no dropout: train mode only allows gradient checkpointing
+    shard(policy.train(), mesh, dtype)  # there is no dropout: train mode only allows gradient checkpointing
+    if args.gradient_checkpointing:
+        recompute_activations(policy)
+    folder, saved = open_run(args, dtype)
     writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
     local = args.batch_size // world  # pairs of this rank in each batch
     local_rows = slice(rank * local, (rank + 1) * local)
     reading = (args.micro_batch_size, tokenizer.pad_token_id, device)
     steps = args.epochs * steps_per_epoch
-    skipped, results, shards = 0, [], []
+    skipped, results = saved.get("skipped", 0), saved.get("results", [])
+    start_time -= saved.get("seconds", 0.0)
+    stop = heed_sigterm()
 
     for stage, (preference, loss_name, beta) in enumerate(plan(args), start=1):
+        if stage < saved.get("stage", 1):  # this stage was over when the checkpoint was written
+            continue
         # ---- The reference of a stage is the policy it starts from: read once, before the first update
         pairs, held_out = train_pairs[preference], eval_pairs[preference]
         batches = stage_batches(args.seed, preference, args.epochs, count, args.batch_size)
-        ref_logprobs = all_logprobs(policy, pairs, *reading)  # [pairs, 2]
-        ref_held_out = all_logprobs(policy, held_out, *reading)
-        if loss_name == "kto":  # the batches of all epochs are known, and with them the responses to other prompts
-            ref_crossed = [  # each [batch, 2], or [0, 2]
-                all_logprobs(policy, mismatched([pairs[i] for i in batch], args.max_length), *reading)
-                for batch in batches
-            ]
+        crossed_batches = len(batches) if loss_name == "kto" else 0  # known for all epochs, and with them KTO's texts
+        reference = {  # log-probabilities
+            "pairs": torch.zeros(len(pairs), 2, device=device),
+            "held_out": torch.zeros(len(held_out), 2, device=device),
+            "crossed": torch.zeros(crossed_batches, args.batch_size, 2, device=device),
+        }
+        if not saved:
+            reference["pairs"] = all_logprobs(policy, pairs, *reading)
+            reference["held_out"] = all_logprobs(policy, held_out, *reading)
+            for i in range(crossed_batches):
+                crossed = mismatched([pairs[j] for j in batches[i]], args.max_length)
+                if crossed:
+                    reference["crossed"][i] = all_logprobs(policy, crossed, *reading)
         policy.reshard()  # a reading without gradients leaves the root's parameters whole; AdamW takes the shards
+        group = {"params": list(policy.parameters()), "initial_lr": args.learning_rate}
         optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+            [group], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
         )
+        resumable = functools.partial(training_state, policy=(policy, optimizer))
+        stored = {f"reference.{name}": value for name, value in reference.items() if value.numel()}
+        done, skipped_in_a_row = saved.get("step", 0), saved.get("skipped_in_a_row", 0)
+        if saved:
+            load_checkpoint(saved, resumable() | stored)
+            saved = {}
         warmup = min(math.ceil(args.warmup_ratio * steps), steps - 1)  # a warm-up begins at zero
-        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-        skipped_in_a_row = 0
+        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=done - 1)
 
-        bar = tqdm(total=steps, desc=f"stage {stage}: {preference}, {loss_name}", disable=rank != 0)
-        for step, batch in enumerate(batches, start=1):
+        bar = tqdm(total=steps, initial=done, desc=f"stage {stage}: {preference}, {loss_name}", disable=rank != 0)
+        for step, batch in enumerate(batches[done:], start=done + 1):
             # 1. KTO's reference point, over the global batch
             z_0 = 0.0
             crossed = mismatched([pairs[i] for i in batch], args.max_length) if loss_name == "kto" else []
@@ -796,7 +1048,7 @@ def main(device: torch.device, mesh) -> None:
                 with torch.no_grad():
                     for rows in torch.arange(args.batch_size)[local_rows].split(args.micro_batch_size):
                         logprobs = pair_logprobs(policy, [crossed[row] for row in rows], tokenizer.pad_token_id, device)
-                        log_ratio_sum += (logprobs - ref_crossed[step - 1][rows.to(device)]).sum().item()
+                        log_ratio_sum += (logprobs - reference["crossed"][step - 1][rows.to(device)]).sum().item()
                 z_0 = max(0.0, global_sum(log_ratio_sum, device=device)[0] / (2 * args.batch_size))
 
             # 2. Losses and gradients of this rank's pairs
@@ -804,7 +1056,7 @@ def main(device: torch.device, mesh) -> None:
             for rows in torch.tensor(batch)[local_rows].split(args.micro_batch_size):
                 chunk = [pairs[row] for row in rows]
                 logprobs = pair_logprobs(policy, chunk, tokenizer.pad_token_id, device)  # [rows, 2]
-                ref = ref_logprobs[rows.to(device)]
+                ref = reference["pairs"][rows.to(device)]
                 if loss_name == "dpo":
                     losses = dpo_loss(logprobs[:, 0], logprobs[:, 1], ref[:, 0], ref[:, 1], beta)  # [rows]
                 else:
@@ -833,7 +1085,7 @@ def main(device: torch.device, mesh) -> None:
                 )
 
             # 4. Log
-            loss_sum, right, chosen_sum, rejected_sum = global_sum(*sums, device=device)
+            loss_sum, right, chosen_sum, rejected_sum, stopped = global_sum(*sums, stop.is_set(), device=device)
             metrics = {
                 "step": step,
                 "epoch": step / steps_per_epoch,
@@ -849,7 +1101,7 @@ def main(device: torch.device, mesh) -> None:
                 metrics["z_0"] = z_0
             schedule.step()
             if step % steps_per_epoch == 0:
-                log_ratios = all_logprobs(policy, held_out, *reading) - ref_held_out  # [pairs, 2]
+                log_ratios = all_logprobs(policy, held_out, *reading) - reference["held_out"]  # [pairs, 2]
                 result = held_out_result(log_ratios)
                 metrics |= {f"eval_{name}": value for name, value in result.items()}
             if rank == 0:
@@ -858,12 +1110,21 @@ def main(device: torch.device, mesh) -> None:
                     writer.add_scalar(f"stage{stage}/{name}", value, step)
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", pair_accuracy=f"{metrics['pair_accuracy']:.3f}")
                 bar.update()
+
+            # 5. Save what the run needs to go on
+            if step < steps and (stopped or (args.save_every and step % args.save_every == 0)):
+                if rank == 0:
+                    writer.flush()
+                state = {"stage": stage, "step": step, "results": results, "seconds": time.time() - start_time}
+                state |= {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row}
+                save_checkpoint(folder, (stage - 1) * steps + step, resumable() | stored, dtype, state)
+                if stopped:
+                    bar.close()
+                    stop_run(folder, f"step {step} of {steps} of stage {stage}")
         bar.close()
 
         # ---- The stage's files
         save_model(policy, tokenizer, folder / f"stage{stage}")
-        if args.merge_q:
-            shards.append(copy_shards(policy))
         results.append({"preference": preference, "loss": loss_name, "beta": beta, "eval": result})
         if rank == 0:
             append_json(
@@ -876,11 +1137,19 @@ def main(device: torch.device, mesh) -> None:
             )
 
     # ---- P-SACPO: each rank mixes its own shards
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if args.merge_q:
+        two = copy_shards(policy)
+        with agreed():
+            path = str(folder / "stage1")
+            first = load_pretrained(AutoModelForCausalLM, path, torch.float32, "stage 1", args.trust_remote_code)
+        one = copy_shards(shard(first, mesh, dtype))
     for q in args.merge_q:
         for name, value in policy.state_dict().items():
-            value.to_local().copy_(merge(shards[0][name], shards[1][name], q))
+            value.to_local().copy_(merge(one[name], two[name], q))
         save_model(policy, tokenizer, folder / "merged" / f"q{q:g}")
     if rank == 0:
+        (folder / "model").unlink(missing_ok=True)
         (folder / "model").symlink_to(f"stage{len(results)}")  # the result of a run has one name in all scripts
         seconds = time.time() - start_time
         summary = {
