@@ -642,6 +642,7 @@ def training_state(**trained) -> dict[str, torch.Tensor]:
     """Weights and optimizer states of pairs (model, optimizer) by name; loading them fills these tensors in place."""
     tensors = {}
     for name, (model, optimizer) in trained.items():
+        model.reshard()  # a forward pass without gradients leaves what is not in a block whole
         tensors |= {f"{name}.{key}": value.detach() for key, value in model.named_parameters()}
         moments = get_optimizer_state_dict(
             model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
@@ -668,6 +669,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], d
         writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
     except dcp.api.CheckpointException as exception:  # the same on all ranks
+        print(file=sys.stderr)  # ends the line of the progress bar
         fail(f"the checkpoint {place} cannot be written: {next(iter(exception.failures.values()))[0]}")
     if dist.get_rank() == 0:
         logs = {str(log.relative_to(folder)): log.stat().st_size for log in log_files(folder)}

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -69,6 +70,16 @@ def start(program: list, processes: int | None = None, python_path: Path | str =
         start_new_session=True,
         **options,
     )
+
+
+def start_nodes(nodes: int, processes: int, program: list, python_path: Path | str = "") -> list[subprocess.Popen]:
+    """Start torchrun once for each of several nodes, which meet over the loopback device of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    launcher = ["-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc_per_node", str(processes)]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--local_addr", "127.0.0.1"]
+    return [start([*launcher, *program], python_path=python_path) for _ in range(nodes)]
 
 
 def finish(process: subprocess.Popen, seconds: float = 120) -> Outcome:

@@ -1,4 +1,4 @@
-"""The same run over one, two and four processes and in micro-batches of different sizes, by torchrun.
+"""The same run over one, two and four processes, two nodes of two, and in micro-batches of different sizes, by torchrun.
 
 Compared are the gradients of the first update, which differ by the order of sums in float32 only, then all metrics,
 responses and weights. Weights get a test of their own: Adam divides a gradient by its size, so that an entry whose
@@ -12,9 +12,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
-from helpers import ROOT, command, finish, read_lines, read_summary, recorded_updates, run_main, start, without_times
+from helpers import (
+    ROOT,
+    changed,
+    command,
+    finish,
+    read_lines,
+    read_summary,
+    recorded_updates,
+    run_main,
+    start,
+    start_nodes,
+    without_times,
+)
 from safetensors.torch import load_file
 
 import ppo_lagrange
@@ -29,10 +42,12 @@ RUNS = {
         "repo",
         dict(constraint="prompt", responses_per_prompt=2, rectify="advantage", update_epochs=2, temperature=0.8),
     ),
-    "average": ("ppo_lagrange", dict(responses_per_prompt=2, cost_threshold=0.5)),
+    "average": ("ppo_lagrange", dict(responses_per_prompt=2, cost_threshold=0.5, ptx_coef=4, micro_batch_size=3)),
     "cost": ("preference_models", dict(kind="cost", micro_batch_size=1)),
 }
-WORLDS = [1, 2, 4]
+WORLDS = [1, 2, 4, "2x2"]
+# What changes nothing may differ between the worlds: how sampling gathers the policy, and what shares its shards.
+CHANGES = {2: dict(response=dict(no_whole_rollout=True)), "2x2": dict(average=dict(shard_over="world"))}
 NUMBERS = {"reward", "cost", "scores", "loss"}
 
 
@@ -41,32 +56,49 @@ def main(folder, jobs):
     processes = repo.start_processes()
     for name, (script, words) in jobs.items():
         module = {"repo": repo, "ppo_lagrange": ppo_lagrange, "preference_models": preference_models}[script]
-        with recorded_updates(module) as updates:
+        meshes, shard = [], module.shard
+
+        def recorded(model, mesh, *settings, meshes=meshes, shard=shard):
+            meshes.append(mesh)
+            return shard(model, mesh, *settings)
+
+        with recorded_updates(module) as updates, changed(module, shard=recorded):
             outcome = run_main(module, processes, [*words, "--output-dir", f"{folder}/{name}"])
         if outcome.code:
             sys.exit(f"{name}: {outcome}")
         if dist.get_rank() == 0:
             torch.save(updates[:3], f"{folder}/{name}/updates.pt")
+            Path(folder, name, "mesh.json").write_text(json.dumps([list(mesh.shape) for mesh in meshes]))
     repo.shut_down()
 
 
 @pytest.fixture(scope="module")
 def folders(defaults, tmp_path_factory):
     """For each number of processes, a folder with all runs; two processes make the first run twice."""
+    rows = [{"prompt": row["prompt"], "response": row["response_1"]} for row in tiny.make_pairs(25, seed=4)]
+    supervised = tiny.write_rows(tmp_path_factory.mktemp("supervised") / "rows.jsonl", rows)
     started = {}
     for world in WORLDS:
-        folder = tmp_path_factory.mktemp(f"world{world}")
-        jobs = {name: (script, command(**defaults[script] | flags)) for name, (script, flags) in RUNS.items()}
+        folder, jobs = tmp_path_factory.mktemp(f"world{world}"), {}
+        for name, (script, flags) in RUNS.items():
+            flags = defaults[script] | flags | (dict(ptx_dataset=supervised) if name == "average" else {})
+            jobs[name] = script, command(**flags | CHANGES.get(world, {}).get(name, {}))
         if world == 2:
             jobs["again"] = jobs["response"]
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        started[world] = folder, start([__file__, folder], processes=world, python_path=ROOT)
+        program = dict(program=[__file__, folder], python_path=ROOT)
+        started[world] = (
+            folder,
+            (start_nodes(2, 2, **program) if world == "2x2" else [start(processes=world, **program)]),
+        )
     with contextlib.ExitStack() as stack:
-        for _, process in started.values():
-            stack.callback(process.terminate)
-        for folder, process in started.values():
-            outcome = finish(process, seconds=400)
-            assert outcome.code == 0, f"{folder}:\n{outcome.out}\n{outcome.err}"
+        for _, processes in started.values():
+            for process in processes:
+                stack.callback(process.terminate)
+        for folder, processes in started.values():
+            for process in processes:
+                outcome = finish(process, seconds=400)
+                assert outcome.code == 0, f"{folder}:\n{outcome.out}\n{outcome.err}"
     yield {world: folder for world, (folder, _) in started.items()}
     for folder, _ in started.values():
         shutil.rmtree(folder)
@@ -116,7 +148,7 @@ def test_evaluations_are_equal(folders, pair):
             assert row[name] == (pytest.approx(value, abs=1e-4) if name in NUMBERS else value)
     summary, expected = (without_times(read_summary(folder)) for folder in (other, one))
     processes = summary.pop("processes", None), expected.pop("processes", None)
-    assert processes in ((pair[2], pair[0]), (None, None))
+    assert processes in ((4 if pair[2] == "2x2" else pair[2], pair[0]), (None, None))
     for name, value in expected.items():
         assert summary[name] == (pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, dict | float) else value)
 
@@ -129,6 +161,13 @@ def test_weights_are_equal(folders, pair):
     learning_rate, steps = 1e-3, 5
     assert (differences > 1e-3 * learning_rate).float().mean() < 0.01
     assert differences.max() <= 2 * learning_rate * steps
+
+
+def test_several_nodes_shard_inside_each_and_replicate_across(folders):
+    """Every model of a run, on a mesh of [nodes, processes of a node], unless all processes shall share a copy."""
+    for world, name, shape in (("2x2", "response", [2, 2]), ("2x2", "average", [4]), (4, "response", [4])):
+        models = json.loads((folders[world] / name / "mesh.json").read_text())
+        assert models == [shape] * 6
 
 
 def test_two_runs_with_one_seed_are_the_same(folders):
