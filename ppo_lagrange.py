@@ -1360,7 +1360,7 @@ def main(device: torch.device, mesh) -> None:
         advantages = combine_advantages(reward_advantages, cost_advantages, multiplier)
 
         # 6. One step of the policy and of both critics an epoch, each over the whole batch
-        losses = torch.zeros(3, device=device)  # policy, reward critic, cost critic
+        losses = torch.zeros(4, device=device)  # policy, reward critic, cost critic, PTX
         grad_norms, clipped = [math.nan] * 3, 0.0
         for model in trained:  # there is no dropout: train mode only switches gradient checkpointing on
             model.train()

@@ -1,6 +1,7 @@
 """The pure functions and the readings of the models, against plain loops in float64 (by_hand.py)."""
 
 import math
+from types import SimpleNamespace
 
 import by_hand
 import pytest
@@ -8,6 +9,7 @@ import tiny
 import torch
 from helpers import changed
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import preference_models
@@ -281,6 +283,51 @@ def lay_out(prompts, responses, pad_id=2, extra=(0, 0)):
 # Padding changes the order of sums in float32 and nothing else: a few units in the last place of numbers around one.
 ROUNDING = dict(rtol=1e-5, atol=2e-5)
 LAYOUTS = [dict(), dict(extra=(5, 0)), dict(extra=(0, 3)), dict(extra=(2, 4), pad_id=1), dict(pad_id=40)]
+
+
+class Logits(nn.Module):
+    """A language model that is only a table of logits, in bfloat16."""
+
+    def __init__(self, rows, length, vocabulary):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, length + 1, vocabulary, dtype=torch.bfloat16))
+
+    def forward(self, logits_to_keep, **inputs):
+        return SimpleNamespace(logits=self.table[:, -logits_to_keep:])
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Watches every operation for the largest float32 tensor that it returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def test_logprobs_need_no_float32_tensor_of_all_logits():
+    """Neither forwards nor backwards; value and gradient are those of the plain formula."""
+    torch.manual_seed(0)
+    rows, length, vocabulary = 3, 40, 300_000
+    model = Logits(rows, length, vocabulary)
+    tokens = torch.randint(vocabulary, (rows, length))
+    mask = torch.ones(rows, length, dtype=torch.long)
+    weights = torch.randn(rows, length)
+    with LargestFloat32() as watch:
+        logprobs = repo.response_logprobs(model, tokens, mask, length, 0.7)
+        (logprobs * weights).sum().backward()
+    assert 0 < watch.largest <= 2**24 < rows * length * vocabulary / 2
+    for row in range(rows):
+        logits = (model.table.detach()[row, :-1].double() / 0.7).requires_grad_()
+        expected = logits.log_softmax(-1).gather(1, tokens[row][:, None]).squeeze(1)
+        close(logprobs[row], expected, rtol=1e-5, atol=1e-5)
+        (gradient,) = torch.autograd.grad((expected * weights[row]).sum(), logits)
+        torch.testing.assert_close(model.table.grad[row, :-1].double() * 0.7, gradient, rtol=0.02, atol=1e-6)
+    assert (model.table.grad[:, -1] == 0).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""The same run over one, two and four processes, two nodes of two, and in micro-batches of different sizes, by torchrun.
+"""The same run over one, two and four processes, over two nodes of two, and in other micro-batches, by torchrun.
 
 Compared are the gradients of the first update, which differ by the order of sums in float32 only, then all metrics,
 responses and weights. Weights get a test of their own: Adam divides a gradient by its size, so that an entry whose

@@ -306,3 +306,31 @@ def test_padding_columns_do_not_change_an_update(run, tmp_path):
     for name in narrow:
         if "seconds" not in name:
             close(wide[name], narrow[name])
+
+
+@pytest.mark.parametrize("script", [repo, ppo_lagrange])
+def test_the_ptx_term_by_hand(run, files, tmp_path, script):
+    """With as many supervised texts as an iteration takes, all are in the first one; the gradients add up."""
+    rows = [{"prompt": row["prompt"], "response": row["response_1"]} for row in tiny.make_pairs(16, seed=7)]
+    data = tiny.write_rows(tmp_path / "supervised.jsonl", rows)
+    recorded, flags = {}, COMMON | dict(update_epochs=1, total_episodes=16)
+    for name, more in (("without", dict()), ("with", dict(ptx_dataset=data, ptx_coef=3.0))):
+        with recorded_updates(script) as updates:
+            assert run(script, output_dir=tmp_path / name, **flags | more).code == 0
+        recorded[name] = [gradients for _, gradients in updates]
+    policy = plain_policy(files)
+    tokenizer = tiny.make_tokenizer()
+    texts = [(tokenizer(row["prompt"])["input_ids"], tokenizer(row["response"])["input_ids"] + [1]) for row in rows]
+    assert tokenizer.eos_token_id == 1 and len({len(y) for _, y in texts}) > 3
+    logprobs = torch.cat([by_hand.logprobs(policy, x, y, 1.0) for x, y in texts])  # at no other temperature
+    derived = torch.autograd.grad(-3.0 * logprobs.mean(), policy.parameters())
+    scale = max(gradient.abs().max().item() for gradient in derived)
+    for (name, _), gradient in zip(policy.named_parameters(), derived, strict=True):
+        difference = recorded["with"][0][name] - recorded["without"][0][name]
+        assert (difference.double() - gradient).abs().max() <= 10 * ROUNDING * scale, name
+    for critic in (1, 2):
+        for name, gradient in recorded["without"][critic].items():
+            assert torch.equal(gradient, recorded["with"][critic][name])
+    (line,) = read_lines(tmp_path / "with" / "metrics.jsonl")
+    close(line["ptx_loss"], -logprobs.mean().item())
+    assert "ptx_loss" not in read_lines(tmp_path / "without" / "metrics.jsonl")[0]
