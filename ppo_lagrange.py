@@ -18,12 +18,13 @@ this is (Dai et al., ICLR 2024, arXiv 2310.12773); PPO (arXiv 1707.06347); GAE (
 Without flags it runs on the embedded toy world: on a laptop, offline, in about a minute. At the papers' scale:
 
     torchrun --nproc_per_node 8 ppo_lagrange.py \
-        --model PKU-Alignment/alpaca-7b-reproduced --reward-model REWARD_MODEL --cost-model COST_MODEL \
+        --model PKU-Alignment/alpaca-7b-reproduced --reward-model PKU-Alignment/beaver-7b-v1.0-reward \
+        --cost-model PKU-Alignment/beaver-7b-v1.0-cost --ptx-dataset tatsu-lab/alpaca \
         --dataset PKU-Alignment/PKU-SafeRLHF --eval-dataset PKU-Alignment/PKU-SafeRLHF \
         --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" \
         --batch-size 128 --micro-batch-size 16 --max-prompt-length 256 --max-new-tokens 256 --total-episodes 40000 \
         --learning-rate 1e-5 --critic-learning-rate 5e-6 --kl-coef 0.01 --lambda-lr 0.1 --lambda-max 5 \
-        --gradient-checkpointing
+        --gradient-checkpointing --output-dir runs/ppo_lagrange --save-every 50 --resume
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ...     # on each node
 """
 
