@@ -329,6 +329,8 @@ def shut_down() -> None:
 def fail(message: str) -> NoReturn:
     """End the run with one line on standard error and exit status 2. Every rank must call it; rank 0 speaks."""
     if dist.get_rank() == 0:
+        for bar in list(getattr(tqdm, "_instances", ())):  # the message gets a line of its own
+            bar.close()
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     shut_down()
     sys.exit(2)
@@ -749,7 +751,9 @@ def in_micro_batches(function, model, inputs: tuple[torch.Tensor, torch.Tensor],
     """function(model, ids, mask, *settings) on `size` rows of inputs = (ids, mask) at a time; results joined."""
     ids, mask = inputs
     parts = zip(ids.split(size), mask.split(size), strict=True)
-    return torch.cat([function(model, *rows, *settings) for rows in parts])
+    results = torch.cat([function(model, *rows, *settings) for rows in parts])
+    model.reshard()  # without a backward pass FSDP2 would keep what is not in a block, embeddings and head, whole
+    return results
 
 
 def decode(tokenizer, responses: Responses) -> list[str]:

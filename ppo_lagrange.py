@@ -369,6 +369,8 @@ def shut_down() -> None:
 def fail(message: str) -> NoReturn:
     """End the run with one line on standard error and exit status 2. Every rank must call it; rank 0 speaks."""
     if dist.get_rank() == 0:
+        for bar in list(getattr(tqdm, "_instances", ())):  # the message gets a line of its own
+            bar.close()
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     shut_down()
     sys.exit(2)
@@ -888,6 +890,16 @@ def training_state(**trained) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@contextlib.contextmanager
+def writing(place: Path):
+    """Tell a checkpoint that cannot be written, such as one on a full disk, as a mistake that the user can mend."""
+    try:
+        yield
+    except (OSError, dcp.api.CheckpointException) as exception:
+        failures = getattr(exception, "failures", None) or {0: (exception, None)}  # of each rank
+        raise UserError(f"the checkpoint {place} cannot be written: {next(iter(failures.values()))[0]}") from None
+
+
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, state: dict) -> None:
     """Write what a run needs to go on after `step`: safetensors and JSON in folder/checkpoints. Keep the newest two.
 
@@ -895,29 +907,26 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], d
     """
     place = folder / "checkpoints" / f"{step:08d}"
     beside = place.with_suffix(".part")
-    if dist.get_rank() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    dist.barrier()
     # A rank copies a whole file to CPU memory before it writes it, so that the files must not be large.
     files = 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // 2**34
     numbers = {name: 1 + i * files // len(tensors) for i, name in enumerate(tensors)}
-    try:
+    state = state | {"dtype": str(dtype).removeprefix("torch."), "processes": dist.get_world_size()}
+    with agreed(), writing(place):
+        if dist.get_rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+    with agreed(), writing(place):  # an error of one rank becomes one of all
         writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
-    except dcp.api.CheckpointException as exception:  # the same on all ranks
-        print(file=sys.stderr)  # ends the line of the progress bar
-        fail(f"the checkpoint {place} cannot be written: {next(iter(exception.failures.values()))[0]}")
-    if dist.get_rank() == 0:
-        logs = {str(log.relative_to(folder)): log.stat().st_size for log in log_files(folder)}
-        sizes = {file.name: file.stat().st_size for file in beside.iterdir()}
-        state = state | {"dtype": str(dtype).removeprefix("torch."), "processes": dist.get_world_size()}
-        write_json(beside / "state.json", {"files": sizes, "logs": logs, "state": state})
-        shutil.rmtree(place, ignore_errors=True)
-        beside.rename(place)
-        for old in sorted(place.parent.glob("[0-9]*[0-9]"))[:-2]:
-            shutil.rmtree(old)
-    dist.barrier()
+    with agreed(), writing(place):
+        if dist.get_rank() == 0:
+            logs = {str(log.relative_to(folder)): log.stat().st_size for log in log_files(folder)}
+            sizes = {file.name: file.stat().st_size for file in beside.iterdir()}
+            write_json(beside / "state.json", {"files": sizes, "logs": logs, "state": state})
+            shutil.rmtree(place, ignore_errors=True)
+            beside.rename(place)
+            for old in sorted(place.parent.glob("[0-9]*[0-9]"))[:-2]:
+                shutil.rmtree(old)
 
 
 def load_checkpoint(saved: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -1014,7 +1023,9 @@ def in_micro_batches(function, model, inputs: tuple[torch.Tensor, torch.Tensor],
     """function(model, ids, mask, *settings) on `size` rows of inputs = (ids, mask) at a time; results joined."""
     ids, mask = inputs
     parts = zip(ids.split(size), mask.split(size), strict=True)
-    return torch.cat([function(model, *rows, *settings) for rows in parts])
+    results = torch.cat([function(model, *rows, *settings) for rows in parts])
+    model.reshard()  # without a backward pass FSDP2 would keep what is not in a block, embeddings and head, whole
+    return results
 
 
 def backward(loss: torch.Tensor, response_mask: torch.Tensor, tokens: float) -> torch.Tensor:

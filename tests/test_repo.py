@@ -217,7 +217,9 @@ def test_prompts_are_put_into_the_template(run, files, tmp_path):
 
 def load_scorer(files, name, **flags):
     args = repo.Args(**flags)
-    return repo.load_scorer(args, str(name), "", repo.load_tokenizer(str(files.policy), False), torch.float32)
+    scorer = repo.load_scorer(args, str(name), "", repo.load_tokenizer(str(files.policy), False), torch.float32)
+    repo.shard(scorer.model, repo.init_device_mesh("cpu", (1,)), torch.float32)
+    return scorer
 
 
 def make_responses(prompts, texts, finished):

@@ -292,6 +292,18 @@ def test_a_full_disk_is_told_in_one_line(run, tmp_path):
     assert outcome.code == 2 and len(outcome.errors) == 1 and "No space left on device" in outcome.errors[0]
 
 
+def test_a_place_that_cannot_be_written_is_told_in_one_line(run, tmp_path):
+    log = repo.log_metrics
+
+    def log_metrics(folder, *rest):
+        (folder / "checkpoints").write_text("a file")
+        log(folder, *rest)
+
+    with changed(repo, log_metrics=log_metrics):
+        outcome = run(repo, output_dir=tmp_path / "run", save_every=1)
+    assert outcome.code == 2 and len(outcome.errors) == 1 and "checkpoints" in outcome.errors[0]
+
+
 def test_memory_does_not_grow_with_the_iterations(run, files, tmp_path):
     """Tensors that are alive when an iteration is logged: as many, and as large, at the fourth as at the twelfth."""
     alive, log = [], repo.log_metrics

@@ -1,0 +1,486 @@
+"""Memory of one GPU in each phase of an iteration of repo.py, at sizes from 1B to 70B. Needs no GPU and no weights.
+
+    python benchmark/memory.py                                  # the table of docs/scale.md: some minutes on one core
+    python benchmark/memory.py --sizes 7B --gpus 8 --cpu-offload
+    python benchmark/memory.py --configs FOLDER_OR_HUB_ID --gpus 8                              # your own model
+    python benchmark/memory.py --write                          # ... and put the table into docs/scale.md
+
+RePO holds six models of one size. Policy, reward critic and cost critic are trained: masters, gradients and the two
+moments of AdamW are float32 shards. Reference, reward model and cost model are frozen: bfloat16 shards. The forward and
+backward passes are bfloat16.
+
+How it counts. repo.py's own functions (shard, sample_responses, response_logprobs, score_responses, response_values,
+policy_loss, value_loss, backward, clip_gradients) run one iteration of one process on tensors that have a shape and no
+content (FakeTensorMode), in a process group that sends nothing; torch.distributed's FSDPMemTracker adds up the storages
+that are alive. All layers, all six models and all gathers are run, nothing is extrapolated, with one exception: of the
+rollout only the prompt's pass and the last token are, since the cache grows in between. The order is scoring, update,
+rollout, as in the second iteration: what a phase leaves behind counts in the next.
+
+The mesh is one of CPUs, since FSDP2 asks a GPU's mesh for streams; the sizes are the same. Attention on CPUs (flash)
+and on GPUs under a mask of padding (memory-efficient) hold the same tensors: the output and a float32 log-sum-exp of
+each head and position; tests/test_memory.py counts with both. A mask is always there, as if the batch had padding. With
+--cpu-offload the frozen shards are left out, and scoring gets one unit's shard more, for its way to the GPU.
+
+What the count cannot see: the CUDA context, NCCL's buffers, cuBLAS's workspaces, and free memory that the caching
+allocator cannot hand out (fragmentation). For the first three the table takes off ALLOWANCE, an assumption; the last
+has to fit into what is spare then. Rounding of storages to 512 bytes is not counted, nor is the loading and saving of
+models, tensor by tensor. Figures are GiB (2**30 bytes) of one GPU; a GPU of 80 GB is taken as 80e9 bytes = 74.5 GiB,
+though H100 and A100 report between 79 and 80 GiB, so that some more is left.
+"""
+
+import contextlib
+import copy
+import gc
+import json
+import math
+import sys
+import time
+import types
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import transformers
+import tyro
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import repo  # noqa: E402
+
+GIB = 2**30
+CAPACITY = 80 * 10**9  # bytes of a GPU of 80 GB
+# CUDA context, NCCL ("a few GB", github.com/pytorch/pytorch/issues/144397), cuBLAS: assumed, not worked out
+ALLOWANCE = 3 * GIB
+SPARE = 0.1  # share of the GPU that has to be spare after the allowance
+
+# hidden, layers, heads, key-value heads, intermediate, vocabulary, tied embeddings
+SHAPES = {
+    "1B": (2048, 22, 32, 4, 5632, 32000, False),  # TinyLlama 1.1B
+    "3B": (3072, 28, 24, 8, 8192, 128256, True),  # Llama 3.2 3B
+    "7B": (4096, 32, 32, 32, 11008, 32001, False),  # Llama 7B with Alpaca's pad token: alpaca-7b-reproduced
+    "13B": (5120, 40, 40, 40, 13824, 32000, False),  # Llama 2 13B
+    "70B": (8192, 80, 64, 8, 28672, 32000, False),  # Llama 2 70B
+}
+GPUS = {"1B": 1, "3B": 8, "7B": 8}  # the others get as many as they need,
+BEGIN = {"13B": 16, "70B": 80}  # and the search for it begins here, which saves runs and decides nothing
+TRAINED = ("policy", "reward critic", "cost critic")
+FROZEN = ("reference", "reward model", "cost model")
+UPDATES = {name: f"update of {name}" for name in TRAINED}
+PHASES = ("rollout", "scoring", *UPDATES.values(), "optimizer step")  # as they follow one another in an iteration
+
+
+@dataclass
+class Args:
+    """Memory of one GPU in each phase of an iteration of repo.py."""
+
+    sizes: tuple[Literal["1B", "3B", "7B", "13B", "70B"], ...] = tuple(SHAPES)
+    """sizes to work out"""
+    configs: tuple[str, ...] = ()
+    """folders or Hub ids of models to work out instead; only their config.json is read"""
+    gpus: int | None = None
+    """GPUs that share each model (--shard-over world, or one node); default: 1 for 1B, 8 for 3B and 7B, else the
+    smallest multiple of 8 with a tenth to spare"""
+    batch: int = 16
+    """prompts of one GPU"""
+    micro_batch: int = 16
+    """repo.py's --micro-batch-size"""
+    prompt_length: int = 256
+    """tokens of every prompt"""
+    response_length: int = 256
+    """tokens of every response"""
+    gradient_checkpointing: bool = True
+    """repo.py's --gradient-checkpointing"""
+    cpu_offload: bool = False
+    """repo.py's --cpu-offload"""
+    ptx: bool = False
+    """whether repo.py has a --ptx-dataset; its texts are taken to be as long as prompts and responses"""
+    whole_rollout: bool | None = None
+    """repo.py's --whole-rollout; default: where the policy in bfloat16 takes at most half a GPU"""
+    json: str | None = None
+    """also write the figures, in bytes, to this file"""
+    write: bool = False
+    """also put the table, which is that of the defaults, into docs/scale.md"""
+
+
+def llama(hidden, layers, heads, key_value_heads, intermediate, vocabulary, tied) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        intermediate_size=intermediate,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+
+
+class Numbers(TorchDispatchMode):
+    """Where code asks a tensor for a number (`.item()`, `if tensor`), the answer is 0: a fake tensor has none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # down to the shards first
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        return func(*args, **(kwargs or {}))
+
+
+class Models(nn.Module):
+    """All models under one roof, for the tracker follows one module; it is never called itself."""
+
+    def __init__(self, models: dict[str, nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(models.values())
+
+    def forward(self):
+        raise NotImplementedError
+
+
+class Tracker:
+    """Peaks of the memory by phase, in bytes."""
+
+    def __init__(self, models: dict[str, nn.Module], mesh, optimizers: dict[str, torch.optim.Optimizer]):
+        self.tracker = FSDPMemTracker(fully_shard(Models(models), mesh=mesh))
+        for optimizer in optimizers.values():
+            self.tracker.track_inputs(tuple(states_of(optimizer)))
+        self.roots, self.peaks = set(models.values()), {}
+        with self.tracker:  # takes the shards in
+            pass
+
+    def held(self, kind: str = "Total", when: str = "current") -> int:
+        """Bytes of all tensors or of one of the tracker's kinds, now or at the peak."""
+        snapshots = self.tracker.get_tracker_snapshot(when).values()
+        return sum(
+            size for snapshot in snapshots for key, size in snapshot.items() if kind == getattr(key, "value", key)
+        )
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        hook = register_module_forward_pre_hook(self.forget)
+        with self.tracker:
+            yield
+        hook.remove()
+        self.peaks[name] = max(self.peaks.get(name, 0), self.held(when="peak"))
+
+    def forget(self, module: nn.Module, _) -> None:
+        """Before each forward pass: the tracker refuses one while it has statistics of the same model's last."""
+        if module in self.roots:
+            self.tracker.reset_mod_stats()
+
+    def restart(self) -> None:
+        """Inside a phase: forget its peak so far."""
+        self.tracker.__exit__(None, None, None)
+        self.tracker.__enter__()  # begins with what is held now
+
+
+@contextlib.contextmanager
+def pretended(processes: int):
+    """Tensors without content and a process group that sends nothing; yields a mesh over it."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        mesh = init_device_mesh("cpu", (processes,))
+        with FakeTensorMode(), Numbers():
+            yield mesh
+    finally:
+        dist.destroy_process_group()
+        gc.collect()
+
+
+def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
+    """The six models, sharded by repo.py."""
+    labelled = copy.deepcopy(config)
+    labelled.num_labels = 1
+    models = {}
+    # Weights without content need not be read, sent to the other processes or moved from the meta device.
+    skipped = [
+        mock.patch.object(nn.Module, "to_empty", lambda module, **_: module),
+        mock.patch.object(dist, "broadcast_object_list"),
+        mock.patch.object(repo, "set_model_state_dict"),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in skipped:
+            stack.enter_context(patch)
+        for name in TRAINED + FROZEN:
+            dtype = torch.float32 if name in TRAINED else torch.bfloat16
+            if name in ("policy", "reference"):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            else:
+                model = repo.ScoreModel(AutoModelForSequenceClassification.from_config(labelled, dtype=dtype))
+            model.requires_grad_(name in TRAINED)
+            offload = (args.cpu_offload,) if name in FROZEN else ()
+            models[name] = repo.shard(model.eval(), mesh, torch.bfloat16, *offload)
+    if args.gradient_checkpointing:
+        for name in TRAINED:
+            model = models[name] if name == "policy" else models[name].model
+            model.activation_checkpointing_enable()
+            # Inputs' gradients are wanted by adapters; the tracker's hooks would keep the embedded tokens alive.
+            model.disable_input_require_grads()
+    return models
+
+
+def make_optimizers(models: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
+    """repo.py's optimizers, with their states, which come with the first step.
+
+    That step and its clipping are not tracked: DTensor works out new operations on tensors of the global shape, which
+    a tracker in the same FakeTensorMode would count; afterwards it knows them.
+    """
+    optimizers = {}
+    for name in TRAINED:
+        optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
+        for parameter in models[name].parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        repo.clip_gradients(models[name], 1.0)
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+    return optimizers
+
+
+def states_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values()]
+
+
+def storage_bytes(tensors) -> int:
+    """Bytes that tensors hold in this process, shards with their padding."""
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum({id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in local}.values())
+
+
+def largest_unit(model: nn.Module) -> int:
+    """Bytes of the largest shard that is gathered at once: a block's, or all that is outside of blocks."""
+    blocks = [storage_bytes(unit.parameters()) for unit in model.modules() if isinstance(unit, FSDPModule)][1:]
+    return max(*blocks, storage_bytes(model.parameters()) - sum(blocks))
+
+
+def rollout(tracker: Tracker, policy, args: Args, whole: bool, skip: bool) -> dict[str, int]:
+    """The rollout of this GPU's prompts. Returns what the policy and its cache take when the last token begins, bytes.
+
+    skip: leave out the tokens between the first and the last, whose cache is filled by a longer prompt instead.
+    """
+    tokenizer = types.SimpleNamespace(pad_token_id=0, eos_token_id=1)
+    parts = {}
+
+    def sample(prompt_length: int, tokens: int, only_last: bool) -> None:
+        begun = 0
+        before = {kind: tracker.held(kind) for kind in ("Total", "Unsharded Param")}
+
+        def unfinished(*_, **__) -> bool:
+            """Asked by generate before each token; the first is drawn from the prompt's pass."""
+            nonlocal begun
+            begun += 1
+            if begun == tokens:
+                parts["policy"] = tracker.held("Unsharded Param") - before["Unsharded Param"]
+                parts["cache"] = tracker.held() - before["Total"] - parts["policy"]
+                if only_last:
+                    tracker.restart()
+            return begun <= tokens
+
+        prompts = [[2] * (prompt_length - (row > 0)) for row in range(args.batch)]
+        uniforms = torch.zeros(args.batch, tokens)
+        with tracker.phase("rollout"), mock.patch.object(policy, "_has_unfinished_sequences", unfinished):
+            repo.sample_responses(policy, tokenizer, prompts, uniforms, 1.0, torch.device("cpu"), whole)
+
+    if skip and args.response_length > 2:
+        sample(args.prompt_length, 1, only_last=False)
+        sample(args.prompt_length + args.response_length - 2, 2, only_last=True)
+    else:
+        sample(args.prompt_length, args.response_length, only_last=False)
+    return parts
+
+
+def measure(config, gpus: int, args: Args, whole: bool = True, skip: bool = True) -> dict:
+    """Bytes of one of `gpus` GPUs: at rest by model, and the peak of each phase."""
+    with pretended(gpus) as mesh:
+        models = load_models(config, mesh, args)
+        optimizers = make_optimizers(models)
+        tracker = Tracker(models, mesh, optimizers)
+        counts = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
+        at_rest = {
+            name: {"shards": storage_bytes(model.parameters()), "optimizer": 0} for name, model in models.items()
+        }
+        for name, optimizer in optimizers.items():
+            at_rest[name]["optimizer"] = storage_bytes(x for state in optimizer.state.values() for x in state.values())
+        offloaded = sum(at_rest[name]["shards"] for name in FROZEN) if args.cpu_offload else 0
+        rest = tracker.held() - offloaded
+
+        policy, reward_critic, cost_critic = (models[name] for name in TRAINED)
+        batch, length, size = args.batch, args.response_length, args.micro_batch
+        sequences = torch.zeros(batch, args.prompt_length + length, dtype=torch.long)
+        response_mask = torch.ones(batch, length, dtype=torch.long)
+        attention_mask = torch.ones_like(sequences)
+        attention_mask[1:, 0] = 0  # as after a shorter prompt; without padding there would be no mask in attention
+        responses = repo.Responses(sequences, attention_mask, response_mask, response_mask.any(1))
+        inputs = (responses.sequences, responses.attention_mask)
+        figures = torch.zeros(batch, length)  # advantages, old values and the like
+
+        for name in FROZEN[1:]:
+            with tracker.phase("scoring"):
+                scorer = repo.Scorer(models[name], None, "", shares_tokens=True)
+                repo.score_responses(scorer, responses, [], [], size)
+        for model in (policy, models["reference"]):
+            with tracker.phase("scoring"), torch.no_grad():
+                repo.in_micro_batches(repo.response_logprobs, model, inputs, size, length, 1.0)
+        for model in (reward_critic, cost_critic):
+            with tracker.phase("scoring"), torch.no_grad():
+                repo.in_micro_batches(repo.response_values, model, inputs, size, length)
+
+        for name in TRAINED:
+            models[name].train()
+        for rows in torch.arange(batch).split(size):
+            ids, mask, used = inputs[0][rows], inputs[1][rows], response_mask[rows]
+            with tracker.phase(UPDATES["policy"]):
+                logprobs = repo.response_logprobs(policy, ids, mask, length, 1.0)
+                loss = repo.policy_loss(logprobs, figures[rows], figures[rows], 0.2)
+                repo.backward(loss, used, 1.0)
+            for name in TRAINED[1:]:
+                with tracker.phase(UPDATES[name]):
+                    values = repo.response_values(models[name], ids, mask, length)
+                    loss = repo.value_loss(values, figures[rows], figures[rows], 5.0)
+                    repo.backward(loss, used, 1.0)
+            if args.ptx:
+                with tracker.phase(UPDATES["policy"]):
+                    repo.backward(-repo.response_logprobs(policy, ids, mask, length, 1.0), used, 1.0)
+        with tracker.phase("optimizer step"):
+            for name in TRAINED:
+                repo.clip_gradients(models[name], 1.0)
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+        for name in TRAINED:
+            models[name].eval()
+        parts = rollout(tracker, policy, args, whole, skip)
+
+        peaks = {name: tracker.peaks[name] - offloaded for name in PHASES}
+        if args.cpu_offload:
+            peaks["scoring"] += max(largest_unit(models[name]) for name in FROZEN)
+    peak = max(peaks.values())
+    return {
+        "gpus": gpus,
+        "whole_rollout": whole,
+        "parameters": counts,
+        "at_rest": at_rest,
+        "offloaded": offloaded,
+        "total_at_rest": rest,
+        "phases": peaks,
+        "rollout_parts": parts,
+        "peak": peak,
+        "spare": 1 - peak / CAPACITY,
+        "spare_after_allowance": 1 - (peak + ALLOWANCE) / CAPACITY,
+    }
+
+
+def policy_parameters(config) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def limit() -> float:
+    """Bytes that the phases may take of a GPU."""
+    return (1 - SPARE) * CAPACITY - ALLOWANCE
+
+
+def find_gpus(config, args: Args, whole: bool, begin: int) -> dict:
+    """The figures for the smallest multiple of 8 GPUs that leaves SPARE after the allowance."""
+
+    def never(row: dict, gpus: int) -> bool:
+        """Whether fewer GPUs than the row's have no chance: what is shared at rest alone would be too much more."""
+        return row["peak"] + 0.99 * row["total_at_rest"] * (row["gpus"] / gpus - 1) > limit()  # 0.99: padding
+
+    row = measure(config, begin, args, whole)
+    if row["peak"] <= limit():
+        while row["gpus"] > 8 and not never(row, row["gpus"] - 8):
+            fewer = measure(config, row["gpus"] - 8, args, whole)
+            if fewer["peak"] > limit():
+                break
+            row = fewer
+        return row
+    shared = 3 * 18 * policy_parameters(config)  # bytes: 16 a parameter that is trained, with gradients, and 2 a frozen
+    while row["peak"] > limit():
+        own = row["peak"] - shared / row["gpus"]  # at least this stays, however many share
+        if own >= limit():
+            raise SystemExit(f"error: a GPU alone needs {gib(own)} of {gib(limit())} GiB, however many share the rest")
+        row = measure(config, max(row["gpus"] + 8, 8 * math.ceil(0.99 * shared / (limit() - own) / 8)), args, whole)
+    return row
+
+
+def work_out(name: str, config, args: Args) -> dict:
+    whole = args.whole_rollout
+    if whole is None:
+        whole = 2 * policy_parameters(config) <= CAPACITY / 2
+    gpus = args.gpus or GPUS.get(name)
+    if gpus:
+        return {"name": name} | measure(config, gpus, args, whole)
+    return {"name": name} | find_gpus(config, args, whole, BEGIN.get(name, 8))
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; figures are GiB of one GPU."""
+    heads = ["models", "GPUs", "policy, critics, each", "frozen, each", "at rest", *PHASES, "peak", "spare"]
+    heads += [f"spare after {ALLOWANCE // GIB} GiB"]
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    for row in rows:
+        at_rest = {name: sum(sizes.values()) for name, sizes in row["at_rest"].items()}
+        # The largest of its kind: a score model lacks the language model's head.
+        trained, frozen = (max(at_rest[name] for name in names) for names in (TRAINED, FROZEN))
+        cells = [row["name"], str(row["gpus"]), gib(trained), "0 (CPU)" if row["offloaded"] else gib(frozen)]
+        cells += [gib(row["total_at_rest"])]
+        cells += [
+            gib(row["phases"][phase]) + ("" if row["whole_rollout"] or phase != "rollout" else " (sharded)")
+            for phase in PHASES
+        ]
+        cells += [gib(row["peak"]), f"{row['spare']:.0%}", f"{row['spare_after_allowance']:.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def insert(path: Path, name: str, text: str) -> None:
+    """Put text between the lines `<!-- name -->` and `<!-- end -->` of a page."""
+    if not path.exists():
+        raise SystemExit(f"error: there is no {path} to write into")
+    head, mark, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, end, tail = rest.partition("<!-- end -->")
+    if not mark or not end:
+        raise SystemExit(f"error: {path} has no lines <!-- {name} --> and <!-- end -->")
+    path.write_text(f"{head}{mark}{text}\n{end}{tail}", encoding="utf-8")
+
+
+def main(args: Args) -> None:
+    transformers.logging.set_verbosity_error()
+    if args.write and replace(args, write=False, json=None) != Args():
+        raise SystemExit("error: --write is for the table of the defaults; leave the other flags out")
+    if args.configs:
+        configs = {name: AutoConfig.from_pretrained(name) for name in args.configs}
+    else:
+        configs = {name: llama(*SHAPES[name]) for name in args.sizes}
+    rows = []
+    for name, config in configs.items():
+        start = time.time()
+        rows.append(work_out(name, config, args))
+        print(f"{name}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+    text = table(rows)
+    print(text)
+    if args.json:
+        figures = {"capacity": CAPACITY, "allowance": ALLOWANCE, "settings": asdict(args), "rows": rows}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if args.write:
+        insert(ROOT / "docs" / "scale.md", "memory", text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
