@@ -783,6 +783,9 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     dist.barrier()
 
 
+# ======================================================================================================================
+# Runs: their directory, checkpoints, going on
+# ======================================================================================================================
 def open_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
     """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused.
 
@@ -842,11 +845,15 @@ def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
     """
     may_change = "output_dir resume save_every eval_every track micro_batch_size gradient_checkpointing cpu_offload"
     settings = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples are lists in JSON
-    with contextlib.suppress(ValueError):  # killed while this was written: nothing else is there yet
-        for key, value in json.loads((folder / "args.json").read_text(encoding="utf-8")).items():
-            if settings.get(key) != value and key not in f"{may_change} shard_over whole_rollout".split():
-                flag, given = f"--{key.replace('_', '-')}", settings.get(key)
-                raise UserError(f"--resume: the run in {folder} has {flag} {value}, not {given}; give the same flags")
+    try:
+        before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    except ValueError:  # killed while it was written: nothing else is there yet
+        before = settings
+        write_json(folder / "args.json", settings)
+    for key, value in before.items():
+        if settings.get(key) != value and key not in f"{may_change} shard_over whole_rollout".split():
+            flag, given = f"--{key.replace('_', '-')}", settings.get(key)
+            raise UserError(f"--resume: the run in {folder} has {flag} {value}, not {given}; give the same flags")
     if (folder / "summary.json").exists():
         return None
     saved, logs, name = {}, {}, str(dtype).removeprefix("torch.")
@@ -864,8 +871,8 @@ def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
             raise UserError(f"--resume: the run in {folder} has computed in {saved['dtype']}, not {name}; set --dtype")
         break
     for log in log_files(folder):
-        size = logs.get(str(log.relative_to(folder)))
-        os.truncate(log, size) if size is not None else log.unlink()
+        size = logs.get(str(log.relative_to(folder)), 0)
+        os.truncate(log, min(size, log.stat().st_size)) if size else log.unlink()
     start = f"from {saved['checkpoint']}" if saved else "from the start, as there is no checkpoint"
     print(f"resuming the run in {folder} {start}", file=sys.stderr, flush=True)
     return saved
@@ -925,13 +932,18 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], d
             write_json(beside / "state.json", {"files": sizes, "logs": logs, "state": state})
             shutil.rmtree(place, ignore_errors=True)
             beside.rename(place)
-            for old in sorted(place.parent.glob("[0-9]*[0-9]"))[:-2]:
-                shutil.rmtree(old)
+            steps = sorted(int(path.name) for path in place.parent.glob("[0-9]*[0-9]"))
+            for old in [number for number in steps if number <= step][:-2]:  # later ones were passed over
+                shutil.rmtree(place.with_name(f"{old:08d}"))
 
 
 def load_checkpoint(saved: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Fill the tensors of a run with those of a checkpoint, from whatever number of processes it came."""
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(saved["checkpoint"]))
+    try:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(saved["checkpoint"]))
+    except dcp.api.CheckpointException as exception:  # the same on all ranks
+        reason = next(iter(exception.failures.values()))[0]
+        fail(f"--resume: {saved['checkpoint']} cannot be loaded: {reason}; remove it to go on from the one before")
 
 
 def heed_sigterm() -> threading.Event:
@@ -950,6 +962,9 @@ def stop_run(folder: Path, what: str) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
+# ======================================================================================================================
+# Figures: logs, sums over ranks
+# ======================================================================================================================
 def finite(value):
     """The same value with null for each number that is not finite: JSON has no NaN."""
     if isinstance(value, dict):

@@ -92,9 +92,8 @@ def test_the_rollout_holds_the_policy_whole_and_a_cache_of_all_but_the_last_toke
 
 def test_the_step_holds_the_gradients_of_all_models_and_so_does_every_update_of_a_second_micro_batch(rows):
     phases, gradients = rows["base"]["phases"], 4 * (POLICY / 2 + 2 * (SCORE / 2 + HIDDEN))
-    left = (
-        phases["optimizer step"] - rows["base"]["total_at_rest"] - gradients
-    )  # nothing of the frozen models but shards
+    # Of the frozen models there are nothing but shards.
+    left = phases["optimizer step"] - rows["base"]["total_at_rest"] - gradients
     assert 0 <= left < 8 * ARGS.batch * (ARGS.prompt_length + 6 * ARGS.response_length) + 64 * 3 * TENSORS
     # In the second micro-batch all gradients are there, whichever model is updated.
     assert phases["update of reward critic"] == phases["update of cost critic"]

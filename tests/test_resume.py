@@ -281,6 +281,31 @@ def test_a_run_that_was_killed_as_it_wrote_its_flags(run, whole, tmp_path):
     (tmp_path / "run" / "args.json").write_text('{"exp_name": "re')
     assert resume(run, "repo", tmp_path / "run").code == 0
     compare(whole("repo"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["exp_name"] == "repo"
+
+
+def test_a_checkpoint_whose_content_is_broken_is_told_in_one_line(run, tmp_path):
+    """Of the size that it should have, so that only loading it shows."""
+    cut_off(run, "repo", tmp_path / "run", 7)
+    shards = next((tmp_path / "run" / "checkpoints" / "00000002").glob("*.safetensors"))
+    shards.write_bytes(b"\0" * shards.stat().st_size)
+    outcome = resume(run, "repo", tmp_path / "run")
+    assert outcome.code == 2 and len(outcome.errors) == 1 and str(shards.parent) in outcome.errors[0]
+
+
+def test_a_broken_checkpoint_does_not_take_the_place_of_a_whole_one(run, tmp_path):
+    """Iteration 4 is broken: after 3 is written again, 2 and 3 are there beside it, then 3 and 4."""
+    folder = tmp_path / "run"
+    cut_off(run, "repo", folder, 3 * 4 + 1, total_episodes=80, save_every=1)
+    (folder / "checkpoints" / "00000004" / "state.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "00000003")
+    cut_off(run, "repo", tmp_path / "other", 3 * 2 + 1, total_episodes=80, save_every=1)
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "00000002", folder / "checkpoints" / "00000002")
+    cut_off(run, "repo", folder, 3 * 2, total_episodes=80, save_every=1, resume=True)
+    whole = [place for place in (folder / "checkpoints").iterdir() if (place / "state.json").exists()]
+    assert sorted(place.name for place in whole) == ["00000002", "00000003"]
+    assert resume(run, "repo", folder, total_episodes=80, save_every=1).code == 0
+    assert sorted(place.name for place in (folder / "checkpoints").iterdir()) == ["00000004", "00000005"]
 
 
 def test_a_full_disk_is_told_in_one_line(run, tmp_path):
