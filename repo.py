@@ -809,11 +809,11 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
 # ======================================================================================================================
 # Runs: their directory, checkpoints, going on
 # ======================================================================================================================
-def open_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
-    """Make the output directory on rank 0, with args.json in it; one that holds a run already is refused.
+def find_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
+    """The directory of a run, and of one to go on with what save_checkpoint wrote; nothing for a new one.
 
-    With --resume a run in it is gone on with: its logs are cut back to the newest whole checkpoint. Returns the
-    directory and what save_checkpoint wrote of the run, nothing for a new one. Ends the process if the run is finished.
+    A directory that holds a run already is refused. With --resume that run is gone on with: its logs are cut back to
+    the newest whole checkpoint; if it is finished the process ends.
     """
     if args.output_dir is not None and not args.output_dir.strip():
         fail("--output-dir is empty; give a directory, or leave the flag out")
@@ -828,29 +828,21 @@ def open_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
         if dist.get_rank() == 0:
             mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part checkpoints tensorboard"
             held = [entry for entry in f"{mine} stage1 stage2 merged".split() if os.path.lexists(folder / entry)]
+            if held and args.resume and held[0] == "args.json":
+                try:
+                    saved = [find_checkpoint(folder, args, dtype)]
+                except OSError as exception:
+                    raise UserError(f"--resume: {folder} cannot be read or written: {exception}") from None
+            elif held:
+                advice = "choose another directory or remove that one"
+                state = f"an unfinished run or other files ({held[0]})"
+                if "summary.json" in held:
+                    state = "a finished run"
+                elif held[0] == "args.json":
+                    advice += ", or go on with the run by --resume"
+                raise UserError(f"--output-dir {folder} holds {state}; {advice}")
             if args.track and not importlib.util.find_spec("wandb"):
                 raise UserError("--track needs the wandb package: pip install wandb")
-            try:
-                if held and args.resume and held[0] == "args.json":
-                    saved = [find_checkpoint(folder, args, dtype)]
-                elif held:
-                    advice = "choose another directory or remove that one"
-                    state = f"an unfinished run or other files ({held[0]})"
-                    if "summary.json" in held:
-                        state = "a finished run"
-                    elif held[0] == "args.json":
-                        advice += ", or go on with the run by --resume"
-                    raise UserError(f"--output-dir {folder} holds {state}; {advice}")
-                else:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    write_json(folder / "args.json", dataclasses.asdict(args))
-            except OSError as exception:
-                raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
-            if args.track and saved[0] is not None:
-                import wandb
-
-                config = dataclasses.asdict(args)
-                wandb.init(project="safe-rlhf", name=folder.name, config=config, sync_tensorboard=True)
     dist.broadcast_object_list(saved)
     if saved[0] is None:
         if dist.get_rank() == 0:
@@ -858,6 +850,24 @@ def open_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
         shut_down()
         sys.exit(0)
     return folder, saved[0]
+
+
+def open_run(args, folder: Path) -> None:
+    """Make the output directory on rank 0, with args.json in it, once nothing can be wrong with the run any more."""
+    with agreed():
+        if dist.get_rank() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if not args.resume or not (folder / "args.json").exists():
+                    with (folder / "args.json").open("x", encoding="utf-8"):  # not one that has just begun here
+                        write_json(folder / "args.json", dataclasses.asdict(args))
+            except OSError as exception:
+                raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
+            if args.track:
+                import wandb
+
+                config = dataclasses.asdict(args)
+                wandb.init(project="safe-rlhf", name=folder.name, config=config, sync_tensorboard=True)
 
 
 def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
@@ -1245,6 +1255,7 @@ def main(device: torch.device, mesh) -> None:
         mesh = init_device_mesh(device.type, (world,))
 
     # ---- Prompts and models: everything a mistake may hide in comes before the output directory is made
+    folder, saved = find_run(args, dtype)
     with agreed():
         named = [("--model", args.model), ("--reward-model", args.reward_model), ("--cost-model", args.cost_model)]
         named += [("--reward-critic", args.reward_critic), ("--cost-critic", args.cost_critic)]
@@ -1299,7 +1310,7 @@ def main(device: torch.device, mesh) -> None:
                     f"the longest prompt and --max-new-tokens {args.max_new_tokens} make {longest} tokens; {flag} "
                     f"reads {limit}: lower --max-new-tokens or --max-prompt-length"
                 )
-    folder, saved = open_run(args, dtype)
+    open_run(args, folder)
 
     # ---- Optimizers
     iterations = args.total_episodes // args.batch_size
