@@ -534,12 +534,15 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """Write safetensors, configuration and tokenizer: beside the folder first, so that no half-written one is met."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        if not hasattr(model, "save_pretrained"):  # a ScoreModel, around the library's class
+        once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights have two names
+        state = {name: value for name, value in state.items() if name in once}
+        own_names = not hasattr(model, "save_pretrained")  # a ScoreModel, around the library's class
+        if own_names:
             model, state = model.model, {name.removeprefix("model."): value for name, value in state.items()}
         beside = folder.with_name(folder.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
         model.config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(beside, state_dict=state)
+        model.save_pretrained(beside, state_dict=state, save_original_format=not own_names)  # not Safe RLHF's names
         tokenizer.save_pretrained(beside)
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
@@ -861,9 +864,8 @@ def load_dialogues(args: Args, columns: dict[str, list], name: str, flag: str, t
             raise UserError(f"{flag} {name}: row {row} has a dialogue without '{turn}'".replace("\n", "\\n"))
         (prompt, _, chosen), (_, _, rejected) = (text.rpartition(turn) for text in texts)
         if chosen.strip() and rejected.strip():
-            pairs.append(
-                {"prompt": prompt + turn, "responses": [chosen, rejected], "texts": texts, "signs": [-1.0, -1.0]}
-            )
+            pairs.append({"prompt": prompt + turn, "responses": [chosen, rejected], "signs": [-1.0, -1.0]})
+            kept.append(texts)
     dropped = len(columns["chosen"]) - len(pairs)
     if dropped and dist.get_rank() == 0:
         print(f"{flag}: dropped {dropped} of {dropped + len(pairs)} pairs, whose answer is empty")

@@ -794,12 +794,15 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """Write safetensors, configuration and tokenizer: beside the folder first, so that no half-written one is met."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        if not hasattr(model, "save_pretrained"):  # a ScoreModel, around the library's class
+        once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights have two names
+        state = {name: value for name, value in state.items() if name in once}
+        own_names = not hasattr(model, "save_pretrained")  # a ScoreModel, around the library's class
+        if own_names:
             model, state = model.model, {name.removeprefix("model."): value for name, value in state.items()}
         beside = folder.with_name(folder.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
         model.config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(beside, state_dict=state)
+        model.save_pretrained(beside, state_dict=state, save_original_format=not own_names)  # not Safe RLHF's names
         tokenizer.save_pretrained(beside)
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
@@ -1191,8 +1194,13 @@ def load_supervised(args: Args, tokenizer) -> list[tuple[list[int], list[int]]]:
         columns["prompt"] = [f"{one} {two}" if two else one for one, two in questions]
         columns["response"] = columns["output"]
     check_texts(columns["prompt"], "prompt", args.ptx_dataset, flag)
+    # Alpaca has rows without an output; what is neither a text nor nothing is a mistake.
+    columns["response"] = ["" if text is None else text for text in columns["response"]]
+    odd = [row for row, text in enumerate(columns["response"]) if not isinstance(text, str)]
+    if odd:
+        raise UserError(f"{flag} {args.ptx_dataset}: row {odd[0]} has no text but a number or a list as response")
     rows = dict.fromkeys(zip(columns["prompt"], columns["response"], strict=True))
-    rows = [row for row in rows if row[1] and row[1].strip()]
+    rows = [row for row in rows if row[1].strip()]
     prompts = [prompt for prompt, _ in rows]
     heads = encode_prompts(tokenizer, args.prompt_template, prompts, f"{flag} {args.ptx_dataset}") if rows else []
     longest = args.max_prompt_length + args.max_new_tokens
