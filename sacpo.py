@@ -387,7 +387,7 @@ def load_rows(name: str, split: str, columns: list[str], flag: str, others: tupl
     readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(locate(name, "dataset", flag))
     try:
-        suffix = path.suffix.lower()
+        suffix = Path(path.name.lower().removesuffix(".gz")).suffix
         if path.is_file() and suffix not in readers:
             raise ValueError(f"a data file ends in one of {', '.join(readers)}")
         if path.is_file():
@@ -474,7 +474,10 @@ def in_template(tokenizer, template: str, prompts: list[str], responses: list[st
         if not tokenizer.chat_template:
             raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; give one with {{prompt}}")
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+        try:
+            texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+        except Exception as exception:  # the template is a program, and may refuse
+            raise UserError(f"{tokenizer.name_or_path}: its chat template fails: {exception}") from None
     else:
         texts = [template.replace("{prompt}", prompt) for prompt in prompts]
     if responses is not None:

@@ -322,6 +322,11 @@ def test_an_older_name_of_safe_rlhfs_class(beaver, processes, tmp_path):
     close(scores_in_a_batch(load_scores(folder, processes[1])), plain_scores(beaver))
 
 
+def test_scores_that_would_be_normalised_are_refused(refused, beaver, tmp_path):
+    folder = make_beaver(tmp_path / "normalised", beaver, do_normalize=True)
+    refused(repo, "--reward-model", "do_normalize", reward_model=folder)
+
+
 def test_training_goes_on_from_a_score_model_of_safe_rlhf(run, beaver, processes, tmp_path):
     """A learning rate near zero leaves its scores; what is written is a score model of the library's, with the bias."""
     folder = make_beaver(tmp_path / SHARDED, beaver)
@@ -494,6 +499,11 @@ def test_a_chat_template_that_is_not_there(refused, files, tmp_path):
     refused(preference_models, files.policy, "has no chat template", prompt_template="chat")
     chat = make_chat_model(tmp_path / "policy")
     refused(repo, files.reward, "has no chat template", model=chat, prompt_template="chat")
+    settings = json.loads((chat / "tokenizer_config.json").read_text())
+    (chat / "chat_template.jinja").unlink(missing_ok=True)
+    settings["chat_template"] = "{{ raise_exception('no answers today') }}"
+    (chat / "tokenizer_config.json").write_text(json.dumps(settings))
+    refused(repo, chat, "its chat template fails: no answers today", model=chat, prompt_template="chat")
 
 
 def test_a_run_of_a_chat_model(run, processes, tmp_path):

@@ -247,6 +247,11 @@ def test_dialogues_for_a_reward_model(processes, tmp_path, capsys, form):
     assert [ids for pair in short for ids in pair["ids"]] == [ids[:6] for pair in pairs for ids in pair["ids"]]
 
 
+def test_a_file_may_be_packed(tmp_path):
+    packed(tmp_path / "train.jsonl.gz", DIALOGUES)
+    assert len(load_pairs(tmp_path / "train.jsonl.gz")) == 3
+
+
 def test_a_reward_model_of_dialogues(run, tmp_path):
     """A run from end to end; the chosen answer is the one with a higher score to learn."""
     answers = [tiny.make_sentence(torch.Generator().manual_seed(i), 2, 5) for i in range(96)]
