@@ -225,7 +225,7 @@ def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
     if args.gradient_checkpointing:
         for name in TRAINED:
             model = models[name] if name == "policy" else models[name].model
-            model.activation_checkpointing_enable()
+            repo.recompute_activations(model)
             # Inputs' gradients are wanted by adapters; the tracker's hooks would keep the embedded tokens alive.
             model.disable_input_require_grads()
     return models
