@@ -55,6 +55,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import tyro
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -772,23 +773,35 @@ def unsharded(model: nn.Module):
         unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP2's own choice: the root stays
 
 
+@contextlib.contextmanager
+def writing(beside: Path):
+    """Write to NAME.part first, which is then renamed; tell what cannot be written, such as on a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as exception:
+        shutil.rmtree(beside, ignore_errors=True)
+        failures = getattr(exception, "failures", None) or {0: (exception, None)}  # of each rank
+        place, reason = str(beside).removesuffix(".part"), next(iter(failures.values()))[0]
+        raise UserError(f"{place} cannot be written: {reason}") from None
+
+
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """Write safetensors, configuration and tokenizer: beside the folder first, so that no half-written one is met."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank() == 0:
-        once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights have two names
-        state = {name: value for name, value in state.items() if name in once}
-        own_names = not hasattr(model, "save_pretrained")  # a ScoreModel, around the library's class
-        if own_names:
-            model, state = model.model, {name.removeprefix("model."): value for name, value in state.items()}
-        beside = folder.with_name(folder.name + ".part")
-        shutil.rmtree(beside, ignore_errors=True)
-        model.config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(beside, state_dict=state, save_original_format=not own_names)  # not Safe RLHF's names
-        tokenizer.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    dist.barrier()
+    beside = folder.with_name(folder.name + ".part")
+    with agreed(), writing(beside):
+        if dist.get_rank() == 0:
+            once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied ones have two names
+            state = {name: value for name, value in state.items() if name in once}
+            own_names = not hasattr(model, "save_pretrained")  # a ScoreModel, around the library's class
+            if own_names:
+                model, state = model.model, {name.removeprefix("model."): value for name, value in state.items()}
+            shutil.rmtree(beside, ignore_errors=True)
+            model.config.pad_token_id = tokenizer.pad_token_id
+            model.save_pretrained(beside, state_dict=state, save_original_format=not own_names)  # not Safe RLHF's
+            tokenizer.save_pretrained(beside)
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
 
 
 # ======================================================================================================================
@@ -797,8 +810,7 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
 def find_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
     """The directory of a run, and of one to go on with what save_checkpoint wrote; nothing for a new one.
 
-    A directory that holds a run already is refused. With --resume that run is gone on with: its logs are cut back to
-    the newest whole checkpoint; if it is finished the process ends.
+    A directory that holds a run already is refused, but with --resume; the process ends if that run is finished.
     """
     if args.output_dir is not None and not args.output_dir.strip():
         fail("--output-dir is empty; give a directory, or leave the flag out")
@@ -813,6 +825,8 @@ def find_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
         if dist.get_rank() == 0:
             mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part checkpoints tensorboard"
             held = [entry for entry in f"{mine} stage1 stage2 merged".split() if os.path.lexists(folder / entry)]
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"--output-dir {folder} is a file; choose a directory")
             if held and args.resume and held[0] == "args.json":
                 try:
                     saved = [find_checkpoint(folder, args, dtype)]
@@ -837,8 +851,11 @@ def find_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
     return folder, saved[0]
 
 
-def open_run(args, folder: Path) -> None:
-    """Make the output directory on rank 0, with args.json in it, once nothing can be wrong with the run any more."""
+def open_run(args, folder: Path, saved: dict) -> None:
+    """Make the output directory on rank 0, with args.json in it, once nothing can be wrong with the run any more.
+
+    The logs of a run to go on with are cut back to its checkpoint.
+    """
     with agreed():
         if dist.get_rank() == 0:
             try:
@@ -846,6 +863,9 @@ def open_run(args, folder: Path) -> None:
                 if not args.resume or not (folder / "args.json").exists():
                     with (folder / "args.json").open("x", encoding="utf-8"):  # not one that has just begun here
                         write_json(folder / "args.json", dataclasses.asdict(args))
+                for log in log_files(folder):
+                    size = saved.get("logs", {}).get(str(log.relative_to(folder)), 0)
+                    os.truncate(log, size) if size else log.unlink()
             except OSError as exception:
                 raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
             if args.track:
@@ -858,42 +878,48 @@ def open_run(args, folder: Path) -> None:
 def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
     """What save_checkpoint wrote of the newest whole checkpoint, {} if there is none, None if the run is finished.
 
-    The run's logs are cut back to it. Flags that the run did not have are refused by name, but for those that change
-    neither the mathematics nor the random numbers.
+    Flags that the run did not have are refused by name, but for those that change neither the mathematics nor the
+    random numbers.
     """
     may_change = "output_dir resume save_every eval_every track micro_batch_size gradient_checkpointing cpu_offload"
     settings = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples are lists in JSON
     try:
         before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-    except ValueError:  # killed while it was written: nothing else is there yet
+        if not isinstance(before, dict):
+            raise ValueError
+    except ValueError:  # killed while it was written: then nothing else is there yet
+        if (folder / "checkpoints").exists():
+            raise UserError(f"--resume: {folder / 'args.json'} is not what a run writes; restore it") from None
         before = settings
         write_json(folder / "args.json", settings)
-    for key, value in before.items():
-        if settings.get(key) != value and key not in f"{may_change} shard_over whole_rollout".split():
-            flag, given = f"--{key.replace('_', '-')}", settings.get(key)
+    for key in [key for key in before | settings if key not in f"{may_change} shard_over whole_rollout".split()]:
+        flag, value, given = f"--{key.replace('_', '-')}", before.get(key), settings.get(key)
+        if value != given or (key in before) != (key in settings):
             raise UserError(f"--resume: the run in {folder} has {flag} {value}, not {given}; give the same flags")
     if (folder / "summary.json").exists():
         return None
-    saved, logs, name = {}, {}, str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     for place in sorted((folder / "checkpoints").glob("[0-9]*[0-9]"), reverse=True):
         try:
             found = json.loads((place / "state.json").read_text(encoding="utf-8"))
+            saved = found["state"] | {"checkpoint": str(place), "logs": dict(found["logs"])}
             for file, size in found["files"].items():
                 if (place / file).stat().st_size != size:
                     raise ValueError(f"{file} is cut short")
-        except (OSError, ValueError, KeyError) as exception:
+                with safe_open(place / file, "pt"):  # its head can be read
+                    pass
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as exception:
             print(f"passed over the checkpoint {place}, which is not whole: {exception}", file=sys.stderr, flush=True)
             continue
-        saved, logs = found["state"] | {"checkpoint": str(place)}, found["logs"]
+        for log, size in saved["logs"].items():
+            if not (folder / log).is_file() or (folder / log).stat().st_size < size:
+                raise UserError(f"--resume: {folder / log} has lost lines since {place} was written; restore it")
         if saved["dtype"] != name:
             raise UserError(f"--resume: the run in {folder} has computed in {saved['dtype']}, not {name}; set --dtype")
-        break
-    for log in log_files(folder):
-        size = logs.get(str(log.relative_to(folder)), 0)
-        os.truncate(log, min(size, log.stat().st_size)) if size else log.unlink()
-    start = f"from {saved['checkpoint']}" if saved else "from the start, as there is no checkpoint"
-    print(f"resuming the run in {folder} {start}", file=sys.stderr, flush=True)
-    return saved
+        print(f"resuming the run in {folder} from {place}", file=sys.stderr, flush=True)
+        return saved
+    print(f"resuming the run in {folder} from the start, as there is no checkpoint", file=sys.stderr, flush=True)
+    return {}
 
 
 def log_files(folder: Path) -> list[Path]:
@@ -908,21 +934,14 @@ def training_state(**trained) -> dict[str, torch.Tensor]:
     for name, (model, optimizer) in trained.items():
         model.reshard()  # a forward pass without gradients leaves what is not in a block whole
         tensors |= {f"{name}.{key}": value.detach() for key, value in model.named_parameters()}
+        fresh = not optimizer.state
         moments = get_optimizer_state_dict(
             model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
         )
+        for moment in optimizer.state.values() if fresh else ():
+            moment["step"].zero_()  # that call made the states by a step without gradients, which must not count
         tensors |= {f"{name}.{key}": value for key, value in moments.items() if torch.is_tensor(value)}
     return tensors
-
-
-@contextlib.contextmanager
-def writing(place: Path):
-    """Tell a checkpoint that cannot be written, such as one on a full disk, as a mistake that the user can mend."""
-    try:
-        yield
-    except (OSError, dcp.api.CheckpointException) as exception:
-        failures = getattr(exception, "failures", None) or {0: (exception, None)}  # of each rank
-        raise UserError(f"the checkpoint {place} cannot be written: {next(iter(failures.values()))[0]}") from None
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, state: dict) -> None:
@@ -936,14 +955,14 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], d
     files = 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // 2**34
     numbers = {name: 1 + i * files // len(tensors) for i, name in enumerate(tensors)}
     state = state | {"dtype": str(dtype).removeprefix("torch."), "processes": dist.get_world_size()}
-    with agreed(), writing(place):
+    with agreed(), writing(beside):
         if dist.get_rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-    with agreed(), writing(place):  # an error of one rank becomes one of all
+    with agreed(), writing(beside):  # an error of one rank becomes one of all
         writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
-    with agreed(), writing(place):
+    with agreed(), writing(beside):
         if dist.get_rank() == 0:
             logs = {str(log.relative_to(folder)): log.stat().st_size for log in log_files(folder)}
             sizes = {file.name: file.stat().st_size for file in beside.iterdir()}
@@ -965,7 +984,10 @@ def load_checkpoint(saved: dict, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def heed_sigterm() -> threading.Event:
-    """From now on SIGTERM only sets the event that is returned; the training loop saves and stops between two steps."""
+    """From now on SIGTERM only sets the event that is returned; the training loop saves and stops between two steps.
+
+    After the last step a run is heedless of it: what is left to do is its result.
+    """
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     return stop
@@ -1171,16 +1193,16 @@ def load_supervised(args: Args, tokenizer) -> list[tuple[list[int], list[int]]]:
     flag = "--ptx-dataset"
     others = ("instruction", "input", "output")
     columns = load_rows(args.ptx_dataset, args.ptx_split, ["prompt", "response"], flag, others)
+    for column, texts in columns.items():  # Alpaca has rows without an input or an output
+        odd = [row for row, text in enumerate(texts) if not isinstance(text, str | None)]
+        if odd:
+            raise UserError(f"{flag} {args.ptx_dataset}: row {odd[0]} has no text but a number or a list as '{column}'")
+        columns[column] = [text or "" for text in texts]
     if "output" in columns:
         questions = zip(columns["instruction"], columns["input"], strict=True)
-        columns["prompt"] = [f"{one} {two}" if one and two else one or two for one, two in questions]
+        columns["prompt"] = [" ".join(filter(None, question)) for question in questions]
         columns["response"] = columns["output"]
     check_texts(columns["prompt"], "prompt", args.ptx_dataset, flag)
-    # Alpaca has rows without an output; what is neither a text nor nothing is a mistake.
-    columns["response"] = ["" if text is None else text for text in columns["response"]]
-    odd = [row for row, text in enumerate(columns["response"]) if not isinstance(text, str)]
-    if odd:
-        raise UserError(f"{flag} {args.ptx_dataset}: row {odd[0]} has no text but a number or a list as response")
     rows = dict.fromkeys(zip(columns["prompt"], columns["response"], strict=True))
     rows = [row for row in rows if row[1].strip()]
     prompts = [prompt for prompt, _ in rows]
@@ -1256,7 +1278,7 @@ def main(device: torch.device, mesh) -> None:
         prompts = load_prompts(args, args.dataset, args.dataset_split, "--dataset", tokenizer)
         eval_prompts = load_prompts(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer)
         eval_prompts = eval_prompts[: args.eval_size]
-        supervised = load_supervised(args, tokenizer) if args.ptx_dataset is not None else []
+        supervised = load_supervised(args, tokenizer) if args.ptx_dataset is not None and args.ptx_coef > 0 else []
 
     # One model after the other, as rank 0 reads each whole before it is sharded
     frozen, masters = (mesh, dtype, args.cpu_offload), (mesh, dtype)
@@ -1300,7 +1322,7 @@ def main(device: torch.device, mesh) -> None:
                     f"the longest prompt and --max-new-tokens {args.max_new_tokens} make {longest} tokens; {flag} "
                     f"reads {limit}: lower --max-new-tokens or --max-prompt-length"
                 )
-    open_run(args, folder)
+    open_run(args, folder, saved)
 
     # ---- Optimizers
     iterations = args.total_episodes // args.batch_size
@@ -1500,7 +1522,7 @@ def main(device: torch.device, mesh) -> None:
             "seconds_update": clock[3] - clock[2],
         }
         if supervised:
-            metrics["ptx_loss"] = losses[3] / args.update_epochs / (args.ptx_coef or math.nan)
+            metrics["ptx_loss"] = losses[3] / args.update_epochs / args.ptx_coef
         if rank == 0:
             log_metrics(folder, writer, metrics, iteration)
             bar.set_postfix_str(
@@ -1511,7 +1533,7 @@ def main(device: torch.device, mesh) -> None:
             evaluate(iteration)
 
         # 9. Save what the run needs to go on
-        if stopped or (args.save_every and iteration % args.save_every == 0):
+        if stopped or (args.save_every and (iteration % args.save_every == 0 or iteration == iterations)):
             if rank == 0:
                 writer.flush()
             state = {"iteration": iteration, "lambda": multiplier, "seconds": time.time() - start_time}
@@ -1521,7 +1543,6 @@ def main(device: torch.device, mesh) -> None:
             bar.close()
             stop_run(folder, f"iteration {iteration} of {iterations}")
     bar.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     # ---- After
     after = evaluate(iterations)
@@ -1545,6 +1566,7 @@ def main(device: torch.device, mesh) -> None:
         write_json(folder / "summary.json", summary)
         print_results(summary, before, after)
         print(f"\n{seconds:.0f} s; written to {folder}")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def print_results(summary: dict, before: list[dict], after: list[dict]) -> None:

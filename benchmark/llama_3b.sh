@@ -78,4 +78,5 @@ if wanted sft && [[ $MODEL == "$OUT/sft" && ! -e $MODEL ]]; then
     run mv "$OUT/sft.part" "$OUT/sft"
 fi
 
-STAGES=${STAGES//sft/} exec "$ROOT/benchmark/alpaca_7b.sh" "$@"
+STAGES=${STAGES//sft/}
+[[ ! ${STAGES// /} ]] || exec "$ROOT/benchmark/alpaca_7b.sh" "$@"

@@ -80,6 +80,7 @@ begin() {
         [[ $word == --dry-run ]] || error "there is no flag $word, only --dry-run; settings are environment variables"
         dry_run=1
     done
+    [[ ${STAGES// /} ]] || error "STAGES is empty; the stages are $KNOWN"
     for word in $STAGES; do
         [[ " $KNOWN " == *" $word "* ]] || error "STAGES: there is no stage $word; the stages are $KNOWN"
     done

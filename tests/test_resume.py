@@ -6,6 +6,8 @@ of real processes are in kills.py, of which the last test is a short form.
 
 import gc
 import json
+import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -15,7 +17,10 @@ import tiny
 import torch
 from helpers import ROOT, changed, command, contents, finish, read_lines, read_summary, start, without_times
 from kills import campaign, compare, wait_until
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import PreTrainedModel
 
 import ppo_lagrange
 import preference_models
@@ -155,7 +160,7 @@ def test_large_checkpoints_come_in_several_files(run, whole, tmp_path):
     assert contents(whole("repo") / "model") == contents(tmp_path / "run" / "model")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "absent", "no state", "torn state"])
+@pytest.mark.parametrize("damage", ["truncated", "zeros", "absent", "no state", "torn state", "other state"])
 def test_a_broken_checkpoint_is_passed_over_and_said(run, whole, tmp_path, damage):
     folder = tmp_path / "run"
     cut_off(run, "repo", folder, 3 * 4 + 1, total_episodes=80, save_every=1)
@@ -163,6 +168,10 @@ def test_a_broken_checkpoint_is_passed_over_and_said(run, whole, tmp_path, damag
     shards = next(newest.glob("*.safetensors"))
     if damage == "truncated":
         shards.write_bytes(shards.read_bytes()[:-1])
+    elif damage == "zeros":
+        shards.write_bytes(b"\0" * shards.stat().st_size)
+    elif damage == "other state":
+        (newest / "state.json").write_text("[]")
     elif damage == "absent":
         shards.unlink()
     elif damage == "no state":
@@ -284,24 +293,110 @@ def test_a_run_that_was_killed_as_it_wrote_its_flags(run, whole, tmp_path):
     assert json.loads((tmp_path / "run" / "args.json").read_text())["exp_name"] == "repo"
 
 
-def test_a_checkpoint_whose_content_is_broken_is_told_in_one_line(run, tmp_path):
-    """Of the size that it should have, so that only loading it shows."""
+def test_a_checkpoint_whose_tensors_are_others_is_told_in_one_line(run, tmp_path):
+    """Whole files, but not what the run needs, which only loading shows."""
     cut_off(run, "repo", tmp_path / "run", 7)
     shards = next((tmp_path / "run" / "checkpoints" / "00000002").glob("*.safetensors"))
-    shards.write_bytes(b"\0" * shards.stat().st_size)
+    save_file({"other": torch.zeros(3)}, shards)
+    state = shards.with_name("state.json")
+    found = json.loads(state.read_text())
+    found["files"][shards.name] = shards.stat().st_size
+    state.write_text(json.dumps(found))
     outcome = resume(run, "repo", tmp_path / "run")
     assert outcome.code == 2 and len(outcome.errors) == 1 and str(shards.parent) in outcome.errors[0]
 
 
-def test_a_broken_checkpoint_does_not_take_the_place_of_a_whole_one(run, tmp_path):
-    """Iteration 4 is broken: after 3 is written again, 2 and 3 are there beside it, then 3 and 4."""
+@pytest.mark.parametrize("log", ["metrics.jsonl", "eval.jsonl"])
+@pytest.mark.parametrize("change", ["absent", "cut short"])
+def test_logs_that_lost_lines_are_refused(run, tmp_path, log, change):
     folder = tmp_path / "run"
-    cut_off(run, "repo", folder, 3 * 4 + 1, total_episodes=80, save_every=1)
+    cut_off(run, "repo", folder, 7)
+    path = folder / log
+    path.unlink() if change == "absent" else path.write_bytes(path.read_bytes()[:300])
+    before = contents(folder)
+    outcome = resume(run, "repo", folder)
+    assert outcome.code == 2 and len(outcome.errors) == 1 and str(path) in outcome.errors[0], outcome.errors
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", ""])
+def test_flags_that_are_not_what_a_run_writes_are_refused(run, tmp_path, text):
+    cut_off(run, "repo", tmp_path / "run", 7)
+    (tmp_path / "run" / "args.json").write_text(text)
+    outcome = resume(run, "repo", tmp_path / "run")
+    assert outcome.code == 2 and len(outcome.errors) == 1 and "args.json" in outcome.errors[0], outcome.errors
+
+
+def test_a_resume_that_fails_leaves_the_logs(run, files, tmp_path):
+    """Whatever is wrong with the models is found before anything is cut back."""
+    cut_off(run, "repo", tmp_path / "run", 3 * 3 + 1)
+    before = contents(tmp_path / "run")
+
+    def refuse(*args):
+        raise repo.UserError("no such model")
+
+    with changed(repo, load_critic=refuse):
+        assert resume(run, "repo", tmp_path / "run").code == 2
+    assert contents(tmp_path / "run") == before
+
+
+def test_the_run_of_another_script_is_refused(run, tmp_path):
+    """Also where all flags that both have agree."""
+    flags = dict(exp_name="same", lambda_lr=0.1)
+    cut_off(run, "lagrange", tmp_path / "run", 19, **flags)
+    outcome = run(repo, output_dir=tmp_path / "run", resume=True, **RUNS["lagrange"][1] | flags)
+    assert outcome.code == 2 and "--constraint None, not response" in outcome.errors[0]
+
+
+def test_a_checkpoint_before_the_first_update_changes_nothing(run, tmp_path):
+    """States of an optimizer that has made no step are made for the checkpoint; their step count stays zero."""
+    scores = []
+
+    def first_not_finite(original):
+        def score_responses(*args):
+            result = original(*args)
+            scores.append(1)
+            return result * float("nan") if len(scores) == 3 else result  # after 2 of the evaluation before
+
+        return score_responses
+
+    models = []
+    for save_every in (0, 1):
+        scores.clear()
+        folder = tmp_path / f"{save_every}"
+        with changed(repo, score_responses=first_not_finite(repo.score_responses)):
+            outcome = run(repo, output_dir=folder, total_episodes=48, save_every=save_every, eval_size=16)
+        assert outcome.code == 0 and read_summary(folder)["skipped_updates"] == 1, outcome.err
+        assert math.isnan(read_lines(folder / "metrics.jsonl")[0]["policy_grad_norm"] or math.nan)
+        models.append((folder / "model" / "model.safetensors").read_bytes())
+    assert models[0] == models[1]
+
+
+@pytest.mark.parametrize("name", ["repo", "reward", "dpo"])
+def test_sigterm_after_the_last_step_lets_the_run_end(run, whole, tmp_path, name):
+    script, flags = RUNS[name]
+    original = script.save_model
+
+    def save_model(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(*args)
+
+    with changed(script, save_model=save_model):
+        outcome = run(script, output_dir=tmp_path / "run", save_every=2, **flags)
+    if name == "dpo":  # its first stage is saved half-way: the run stops in the second
+        assert outcome.code == 143 and "of stage 2" in outcome.err
+        outcome = resume(run, name, tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert contents(whole(name) / "model") == contents(tmp_path / "run" / "model")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_broken_checkpoint_does_not_take_the_place_of_a_whole_one(run, tmp_path):
+    """Iteration 4 is broken: once 3 is written, 2 and 3 are there beside it."""
+    folder = tmp_path / "run"
+    cut_off(run, "repo", folder, 3 * 4 + 1, total_episodes=80)
     (folder / "checkpoints" / "00000004" / "state.json").unlink()
-    shutil.rmtree(folder / "checkpoints" / "00000003")
-    cut_off(run, "repo", tmp_path / "other", 3 * 2 + 1, total_episodes=80, save_every=1)
-    shutil.copytree(tmp_path / "other" / "checkpoints" / "00000002", folder / "checkpoints" / "00000002")
-    cut_off(run, "repo", folder, 3 * 2, total_episodes=80, save_every=1, resume=True)
+    cut_off(run, "repo", folder, 3 + 1, total_episodes=80, save_every=1, resume=True)
     whole = [place for place in (folder / "checkpoints").iterdir() if (place / "state.json").exists()]
     assert sorted(place.name for place in whole) == ["00000002", "00000003"]
     assert resume(run, "repo", folder, total_episodes=80, save_every=1).code == 0
@@ -327,6 +422,20 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(run, tmp_path):
     with changed(repo, log_metrics=log_metrics):
         outcome = run(repo, output_dir=tmp_path / "run", save_every=1)
     assert outcome.code == 2 and len(outcome.errors) == 1 and "checkpoints" in outcome.errors[0]
+
+
+def test_a_model_that_cannot_be_written_is_told_in_one_line(run, tmp_path):
+    """Its half-written folder is taken away, for it keeps the disk full."""
+
+    def save_pretrained(self, folder, **kwargs):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with changed(PreTrainedModel, save_pretrained=save_pretrained):
+        outcome = run(repo, output_dir=tmp_path / "run")
+    assert outcome.code == 2 and len(outcome.errors) == 1 and "No space left" in outcome.errors[0], outcome.err
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "model.part").exists()
 
 
 def test_memory_does_not_grow_with_the_iterations(run, files, tmp_path):
