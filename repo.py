@@ -1361,8 +1361,8 @@ def main(device: torch.device, mesh) -> None:
     warmup = min(math.ceil(args.warmup_ratio * iterations), iterations - 1)  # a warm-up begins at zero
 
     def resumable() -> dict[str, torch.Tensor]:
-        names = ("policy", "reward_critic", "cost_critic")
-        return training_state(**dict(zip(names, zip(trained, optimizers, strict=True), strict=True)))
+        names, parts = ("policy", "reward_critic", "cost_critic"), zip(trained, optimizers, strict=True)
+        return training_state(**dict(zip(names, parts, strict=True)))
 
     # ---- Where the run stands. Random numbers are keyed by the iteration, so that nothing of them needs saving
     done, multiplier = saved.get("iteration", 0), saved.get("lambda", args.lambda_init)
@@ -1373,7 +1373,6 @@ def main(device: torch.device, mesh) -> None:
     schedule = get_cosine_schedule_with_warmup(policy_optimizer, warmup, iterations, last_epoch=done - 1)
     writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
     stop = heed_sigterm()
-
     sampling = (args.temperature, device, args.whole_rollout)
 
     def evaluate(iteration: int) -> list[dict]:
