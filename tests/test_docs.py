@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 
+import kills
 import pytest
 from helpers import ROOT, read_lines, read_summary
 
@@ -14,8 +15,16 @@ import repo
 import sacpo
 
 sys.path.append(str(ROOT / "benchmark"))
+import memory
+
 import toy
 
+OTHERS = {
+    "evaluate": evaluate.Score,
+    "benchmark/toy": toy.Args,
+    "benchmark/memory": memory.Args,
+    "tests/kills": kills.Args,
+}
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("toy/*.md")])
 
 
@@ -57,7 +66,7 @@ def test_flags_of_the_scripts_exist(page):
     """Each command that calls a script uses flags that it has."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     arguments = {script.__name__: script.Args for script in (repo, ppo_lagrange, sacpo, preference_models)}
-    for name, args in (arguments | {"evaluate": evaluate.Score, "benchmark/toy": toy.Args}).items():
+    for name, args in (arguments | OTHERS).items():
         flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(args)} | {"--help"}
         for command in re.findall(rf"{name}\.py( [^\n;|&#]*)", text):
             assert set(re.findall(r" (--[a-z][a-z-]+)", command)) <= flags, command
