@@ -22,7 +22,7 @@ Without flags it runs on the embedded toy world: on a laptop, offline, in about 
         --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" \
         --batch-size 128 --micro-batch-size 16 --max-prompt-length 256 --max-new-tokens 256 --total-episodes 40000 \
         --learning-rate 1e-5 --critic-learning-rate 5e-6 --kl-coef 0.01 --lambda-lr 0.1 --lambda-max 5 \
-        --gradient-checkpointing --output-dir runs/repo --save-every 50 --resume
+        --gradient-checkpointing --output-dir OUTPUT_DIR --save-every 50 --resume
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ...     # on each node
 """
 
@@ -517,7 +517,7 @@ def load_rows(name: str, split: str, columns: list[str], flag: str, others: tupl
             rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
         else:
             rows = datasets.load_dataset(name, split=split)
-        if others and set(others) <= set(rows.column_names):
+        if others and not set(columns) <= set(rows.column_names) and set(others) <= set(rows.column_names):
             columns = others
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:

@@ -395,7 +395,7 @@ def load_rows(name: str, split: str, columns: list[str], flag: str, others: tupl
             rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
         else:
             rows = datasets.load_dataset(name, split=split)
-        if others and set(others) <= set(rows.column_names):
+        if others and not set(columns) <= set(rows.column_names) and set(others) <= set(rows.column_names):
             columns = others
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:

@@ -349,6 +349,17 @@ def test_the_ptx_loss_of_a_run(run, files, tmp_path):
     assert found == pytest.approx(loss_sum / tokens, rel=1e-5)
 
 
+def test_data_with_both_forms_are_read_in_the_first(processes, tmp_path):
+    """Data that have all the columns a script asks for are never taken for the other form."""
+    row = dict(prompt="ba", response="pi", instruction="ke", input="", output="sa")
+    data = tiny.write_rows(tmp_path / "both.jsonl", [row])
+    others = ("instruction", "input", "output")
+    rows = repo.load_rows(str(data), "train", ["prompt", "response"], "--ptx-dataset", others)
+    assert rows == dict(prompt=["ba"], response=["pi"])
+    rows = repo.load_rows(str(data), "train", ["prompt", "answer"], "--ptx-dataset", others)
+    assert rows == dict(instruction=["ke"], input=[""], output=["sa"])
+
+
 def test_supervised_texts_that_cannot_be_used(refused, tmp_path):
     cases = [
         ([dict(prompt="ba")], "no column 'response' (nor all of instruction, input, output); the columns are prompt"),
