@@ -552,7 +552,7 @@ class ScoreModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.tie_weights = model.tie_weights
+        self.tie_weights, self.set_attn_implementation = model.tie_weights, model.set_attn_implementation
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Scores of all tokens in float32, [batch, length]; padding may stand on either side."""
@@ -666,6 +666,11 @@ def load_score_model(name: str, dtype: torch.dtype, flag: str, seed: int, trust_
     return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code, head, lm_head, num_labels=1))
 
 
+def is_small(model: nn.Module) -> bool:
+    """Whether a gathered model may stay whole: from the forward to the backward pass, or for good if it is frozen."""
+    return sum(parameter.numel() for parameter in model.parameters()) < 2**28
+
+
 def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
     """FSDP2: each transformer block is gathered when it computes, the rest with the root.
 
@@ -682,9 +687,12 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+    settings = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    if is_small(model) and not cpu_offload:
+        settings["reshard_after_forward"] = False
     for module in [module for module in model.modules() if type(module).__name__ in blocks]:
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        fully_shard(module, **settings)
+    fully_shard(model, **settings)
     model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     model.tie_weights()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -694,6 +702,15 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     if extra[1] is not None:
         model.generation_config = extra[1]
     return model
+
+
+def suit_attention(model: nn.Module, dtype: torch.dtype, longest: int) -> None:
+    """Let attention over texts of up to `longest` tokens be plain matrix products where they are the faster way.
+
+    On CPUs the backward pass of the fused kernel takes bfloat16 several times as long while texts are short.
+    """
+    if dtype == torch.bfloat16 and longest <= 128 and not torch.cuda.is_available():
+        model.set_attn_implementation("eager")
 
 
 @contextlib.contextmanager
@@ -706,7 +723,7 @@ def unsharded(model: nn.Module):
     yield
     for unit in units:
         unit.reshard()
-        unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP2's own choice: the root stays
+        unit.set_reshard_after_forward(unit is not model and not is_small(model), recurse=False)  # as in `shard`
 
 
 def finite(value):
@@ -1247,6 +1264,7 @@ def score(args: Score, device: torch.device, mesh) -> None:
                 scorer = load_scorer(args, path, flag, tokenizers[missing[0]], dtype)
                 if any(reads_tokens_of(args, scorer, tokenizers[name]) for name in missing):
                     check_room(args, scorer.model.model.config, longest, flag)
+            suit_attention(scorer.model, dtype, longest)
             shard(scorer.model.eval(), mesh, dtype, args.cpu_offload)
             scorers.append(scorer)
     with agreed(), written(folder):
@@ -1265,6 +1283,7 @@ def score(args: Score, device: torch.device, mesh) -> None:
             policy = load_pretrained(
                 AutoModelForCausalLM, models[name], dtype, f"--models {name}", args.trust_remote_code
             )
+        suit_attention(policy, dtype, longest)
         shard(policy.requires_grad_(False).eval(), mesh, dtype)
         for scorer in scorers:
             scorer.shares_tokens = reads_tokens_of(args, scorer, tokenizer)

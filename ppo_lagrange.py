@@ -339,14 +339,16 @@ def response_logprobs(
         logits_to_keep=length + 1,
     ).logits[:, :-1]
     # A few positions at a time, computed again for the gradient: the logits of a batch in float32 would be gigabytes.
-    step = max(1, 2**24 // (logits.shape[0] * logits.shape[2]))
+    # A CPU is fastest where they stay in its cache.
+    step = max(1, (2**24 if logits.is_cuda else 2**20) // (logits.shape[0] * logits.shape[2]))
     chunks = zip(logits.split(step, 1), sequences[:, -length:].split(step, 1), strict=True)
     return torch.cat([checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks], dim=1)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probabilities of tokens [batch, length] under tempered logits [batch, length, vocabulary]."""
-    return (logits.float() / temperature).log_softmax(-1).gather(2, tokens[:, :, None]).squeeze(2)
+    logits = logits.float() / temperature
+    return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
 def response_values(critic, sequences: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
@@ -610,7 +612,7 @@ class ScoreModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.tie_weights = model.tie_weights
+        self.tie_weights, self.set_attn_implementation = model.tie_weights, model.set_attn_implementation
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Scores of all tokens in float32, [batch, length]; padding may stand on either side."""
@@ -724,6 +726,11 @@ def load_score_model(name: str, dtype: torch.dtype, flag: str, seed: int, trust_
     return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code, head, lm_head, num_labels=1))
 
 
+def is_small(model: nn.Module) -> bool:
+    """Whether a gathered model may stay whole: from the forward to the backward pass, or for good if it is frozen."""
+    return sum(parameter.numel() for parameter in model.parameters()) < 2**28
+
+
 def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
     """FSDP2: each transformer block is gathered when it computes, the rest with the root.
 
@@ -740,9 +747,12 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+    settings = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    if is_small(model) and not cpu_offload:
+        settings["reshard_after_forward"] = False
     for module in [module for module in model.modules() if type(module).__name__ in blocks]:
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        fully_shard(module, **settings)
+    fully_shard(model, **settings)
     model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     model.tie_weights()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -752,6 +762,22 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     if extra[1] is not None:
         model.generation_config = extra[1]
     return model
+
+
+def suit_attention(model: nn.Module, dtype: torch.dtype, longest: int) -> None:
+    """Let attention over texts of up to `longest` tokens be plain matrix products where they are the faster way.
+
+    On CPUs the backward pass of the fused kernel takes bfloat16 several times as long while texts are short.
+    """
+    if dtype == torch.bfloat16 and longest <= 128 and not torch.cuda.is_available():
+        model.set_attn_implementation("eager")
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the parameters that a forward pass without gradients has left whole: they are not to be trained."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -770,7 +796,7 @@ def unsharded(model: nn.Module):
     yield
     for unit in units:
         unit.reshard()
-        unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP2's own choice: the root stays
+        unit.set_reshard_after_forward(unit is not model and not is_small(model), recurse=False)  # as in `shard`
 
 
 @contextlib.contextmanager
@@ -932,7 +958,7 @@ def training_state(**trained) -> dict[str, torch.Tensor]:
     """Weights and optimizer states of pairs (model, optimizer) by name; loading them fills these tensors in place."""
     tensors = {}
     for name, (model, optimizer) in trained.items():
-        model.reshard()  # a forward pass without gradients leaves what is not in a block whole
+        reshard(model)
         tensors |= {f"{name}.{key}": value.detach() for key, value in model.named_parameters()}
         fresh = not optimizer.state
         moments = get_optimizer_state_dict(
@@ -1322,6 +1348,8 @@ def main(device: torch.device, mesh) -> None:
                     f"the longest prompt and --max-new-tokens {args.max_new_tokens} make {longest} tokens; {flag} "
                     f"reads {limit}: lower --max-new-tokens or --max-prompt-length"
                 )
+    for model in (policy, ref_policy, reward_critic, cost_critic, reward_scorer.model, cost_scorer.model):
+        suit_attention(model, dtype, longest)
     open_run(args, folder, saved)
 
     # ---- Optimizers
@@ -1401,55 +1429,58 @@ def main(device: torch.device, mesh) -> None:
         inputs = (responses.sequences, responses.attention_mask)
         clock.append(time.time())
 
-        # 3. Scores, log-probabilities and values
+        # 3. Scores, and what the reference says
         texts = decode(tokenizer, responses)
         rewards = score_responses(reward_scorer, responses, prompt_texts, texts, size)  # [batch]
         costs = score_responses(cost_scorer, responses, prompt_texts, texts, size)  # [batch]
-        with torch.no_grad():  # each [batch, response]
-            old_logprobs = in_micro_batches(response_logprobs, policy, inputs, size, length, args.temperature)
+        with torch.no_grad():  # [batch, response]
             ref_logprobs = in_micro_batches(response_logprobs, ref_policy, inputs, size, length, args.temperature)
-            old_reward_values = in_micro_batches(response_values, reward_critic, inputs, size, length)
-            old_cost_values = in_micro_batches(response_values, cost_critic, inputs, size, length)
-        log_ratio = old_logprobs - ref_logprobs  # k_t of the KL penalty
         clock.append(time.time())
 
-        # 4. The constraint; rewards and costs of tokens; advantages
+        # 4. The constraint; the multiplier, by the constraint over all ranks, before the policy moves
         terminal_costs = excess = costs - args.cost_threshold  # C(x, y) - d, and below d it is negative
-        token_rewards = token_signal(rewards, log_ratio, response_mask, -args.kl_coef)
-        token_costs = token_signal(terminal_costs, log_ratio, response_mask, args.kl_coef)
-        reward_advantages, reward_returns = gae(token_rewards, old_reward_values, response_mask, args.gae_lambda)
-        cost_advantages, cost_returns = gae(token_costs, old_cost_values, response_mask, args.gae_lambda)
-
-        # 5. The multiplier, by the constraint over all ranks, before the policy moves
-        figures = (rewards, costs, log_ratio, old_reward_values, old_cost_values)
-        broken = sum((~figure.isfinite()).sum().item() for figure in figures)
+        broken = sum((~figure.isfinite()).sum().item() for figure in (rewards, costs, ref_logprobs))
         ptx_count = ptx_mask.sum() if supervised else 0
         excess_sum, excess_count, tokens, ptx_tokens, broken = global_sum(
             excess.sum(), excess.numel(), response_mask.sum(), ptx_count, broken, device=device
         )
         if not broken:
             multiplier = update_multiplier(multiplier, args.lambda_lr, excess_sum / excess_count, args.lambda_max)
-        advantages = combine_advantages(reward_advantages, cost_advantages, multiplier)
 
-        # 6. One step of the policy and of both critics an epoch, each over the whole batch
+        # 5. One step of the policy and of both critics an epoch, each over the whole batch
+        figures = torch.full((7, local_batch, length), math.nan, device=device)
+        old_logprobs, old_reward_values, old_cost_values, log_ratio, advantages, reward_returns, cost_returns = figures
         losses = torch.zeros(4, device=device)  # policy, reward critic, cost critic, PTX
         grad_norms, clipped = [math.nan] * 3, 0.0
         for model in trained:  # there is no dropout: train mode only switches gradient checkpointing on
             model.train()
-        for _ in range(0 if broken else args.update_epochs):
+        for epoch in range(0 if broken else args.update_epochs):
             for rows in torch.arange(local_batch, device=device).split(size):
                 ids, mask, used = inputs[0][rows], inputs[1][rows], response_mask[rows]
                 logprobs = response_logprobs(policy, ids, mask, length, args.temperature)
+                reward_values = response_values(reward_critic, ids, mask, length)
+                cost_values = response_values(cost_critic, ids, mask, length)
+
+                # 6. Rewards and costs of tokens; advantages. In the first epoch no model has moved yet: what they say
+                # in the pass that the gradients need is what they said of the responses as they were sampled
+                if epoch == 0:
+                    old_logprobs[rows], old_reward_values[rows] = logprobs.detach(), reward_values.detach()
+                    old_cost_values[rows] = cost_values.detach()
+                    log_ratio[rows] = old_logprobs[rows] - ref_logprobs[rows]  # k_t of the KL penalty
+                    token_rewards = token_signal(rewards[rows], log_ratio[rows], used, -args.kl_coef)
+                    token_costs = token_signal(terminal_costs[rows], log_ratio[rows], used, args.kl_coef)
+                    reward_advantages, reward_returns[rows] = gae(
+                        token_rewards, old_reward_values[rows], used, args.gae_lambda
+                    )
+                    cost_advantages, cost_returns[rows] = gae(token_costs, old_cost_values[rows], used, args.gae_lambda)
+                    advantages[rows] = combine_advantages(reward_advantages, cost_advantages, multiplier)
+
                 loss = policy_loss(logprobs, old_logprobs[rows], advantages[rows], args.clip_coef)
                 losses[0] += backward(loss, used, tokens)
                 clipped += (((logprobs - old_logprobs[rows]).exp() - 1).abs() > args.clip_coef)[used > 0].sum().item()
-
-                values = response_values(reward_critic, ids, mask, length)
-                loss = value_loss(values, old_reward_values[rows], reward_returns[rows], args.value_clip_coef)
+                loss = value_loss(reward_values, old_reward_values[rows], reward_returns[rows], args.value_clip_coef)
                 losses[1] += backward(loss, used, tokens)
-
-                values = response_values(cost_critic, ids, mask, length)
-                loss = value_loss(values, old_cost_values[rows], cost_returns[rows], args.value_clip_coef)
+                loss = value_loss(cost_values, old_cost_values[rows], cost_returns[rows], args.value_clip_coef)
                 losses[2] += backward(loss, used, tokens)
 
                 if supervised:

@@ -54,7 +54,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
@@ -386,7 +386,7 @@ class ScoreModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.tie_weights = model.tie_weights
+        self.tie_weights, self.set_attn_implementation = model.tie_weights, model.set_attn_implementation
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Scores of all tokens in float32, [batch, length]; padding may stand on either side."""
@@ -500,6 +500,11 @@ def load_score_model(name: str, dtype: torch.dtype, flag: str, seed: int, trust_
     return ScoreModel(load_pretrained(cls, name, dtype, flag, trust_remote_code, head, lm_head, num_labels=1))
 
 
+def is_small(model: nn.Module) -> bool:
+    """Whether a gathered model may stay whole: from the forward to the backward pass, or for good if it is frozen."""
+    return sum(parameter.numel() for parameter in model.parameters()) < 2**28
+
+
 def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
     """FSDP2: each transformer block is gathered when it computes, the rest with the root.
 
@@ -516,9 +521,12 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+    settings = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    if is_small(model) and not cpu_offload:
+        settings["reshard_after_forward"] = False
     for module in [module for module in model.modules() if type(module).__name__ in blocks]:
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        fully_shard(module, **settings)
+    fully_shard(model, **settings)
     model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     model.tie_weights()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -528,6 +536,22 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     if extra[1] is not None:
         model.generation_config = extra[1]
     return model
+
+
+def suit_attention(model: nn.Module, dtype: torch.dtype, longest: int) -> None:
+    """Let attention over texts of up to `longest` tokens be plain matrix products where they are the faster way.
+
+    On CPUs the backward pass of the fused kernel takes bfloat16 several times as long while texts are short.
+    """
+    if dtype == torch.bfloat16 and longest <= 128 and not torch.cuda.is_available():
+        model.set_attn_implementation("eager")
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the parameters that a forward pass without gradients has left whole: they are not to be trained."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -695,7 +719,7 @@ def training_state(**trained) -> dict[str, torch.Tensor]:
     """Weights and optimizer states of pairs (model, optimizer) by name; loading them fills these tensors in place."""
     tensors = {}
     for name, (model, optimizer) in trained.items():
-        model.reshard()  # a forward pass without gradients leaves what is not in a block whole
+        reshard(model)
         tensors |= {f"{name}.{key}": value.detach() for key, value in model.named_parameters()}
         fresh = not optimizer.state
         moments = get_optimizer_state_dict(
@@ -972,6 +996,7 @@ def main(device: torch.device, mesh) -> None:
         limit = getattr(model.model.config, "max_position_embeddings", None) or longest
         if longest > limit:
             raise UserError(f"a text has {longest} tokens, but --model reads {limit}: lower --max-length to {limit}")
+    suit_attention(model, dtype, longest)
     shard(model.train(), mesh, dtype)
     if args.gradient_checkpointing:
         recompute_activations(model.model)
