@@ -177,7 +177,7 @@ class Tracker:
 
     def forget(self, module: nn.Module, _) -> None:
         """Before each forward pass: the tracker refuses one while it has statistics of the same model's last."""
-        if module in self.roots:
+        if module in self.roots and module in self.tracker.memory_tracking:
             self.tracker.reset_mod_stats()
 
     def restart(self) -> None:
@@ -315,7 +315,7 @@ def measure(config, gpus: int, args: Args, whole: bool = True, skip: bool = True
         offloaded = sum(at_rest[name]["shards"] for name in FROZEN) if args.cpu_offload else 0
         rest = tracker.held() - offloaded
 
-        policy, reward_critic, cost_critic = (models[name] for name in TRAINED)
+        policy = models["policy"]
         batch, length, size = args.batch, args.response_length, args.micro_batch
         sequences = torch.zeros(batch, args.prompt_length + length, dtype=torch.long)
         response_mask = torch.ones(batch, length, dtype=torch.long)
@@ -329,12 +329,8 @@ def measure(config, gpus: int, args: Args, whole: bool = True, skip: bool = True
             with tracker.phase("scoring"):
                 scorer = repo.Scorer(models[name], None, "", shares_tokens=True)
                 repo.score_responses(scorer, responses, [], [], size)
-        for model in (policy, models["reference"]):
-            with tracker.phase("scoring"), torch.no_grad():
-                repo.in_micro_batches(repo.response_logprobs, model, inputs, size, length, 1.0)
-        for model in (reward_critic, cost_critic):
-            with tracker.phase("scoring"), torch.no_grad():
-                repo.in_micro_batches(repo.response_values, model, inputs, size, length)
+        with tracker.phase("scoring"), torch.no_grad():
+            repo.in_micro_batches(repo.response_logprobs, models["reference"], inputs, size, length, 1.0)
 
         for name in TRAINED:
             models[name].train()
@@ -342,12 +338,16 @@ def measure(config, gpus: int, args: Args, whole: bool = True, skip: bool = True
             ids, mask, used = inputs[0][rows], inputs[1][rows], response_mask[rows]
             with tracker.phase(UPDATES["policy"]):
                 logprobs = repo.response_logprobs(policy, ids, mask, length, 1.0)
+            values = {}
+            for name in TRAINED[1:]:
+                with tracker.phase(UPDATES[name]):
+                    values[name] = repo.response_values(models[name], ids, mask, length)
+            with tracker.phase(UPDATES["policy"]):
                 loss = repo.policy_loss(logprobs, figures[rows], figures[rows], 0.2)
                 repo.backward(loss, used, 1.0)
             for name in TRAINED[1:]:
                 with tracker.phase(UPDATES[name]):
-                    values = repo.response_values(models[name], ids, mask, length)
-                    loss = repo.value_loss(values, figures[rows], figures[rows], 5.0)
+                    loss = repo.value_loss(values[name], figures[rows], figures[rows], 5.0)
                     repo.backward(loss, used, 1.0)
             if args.ptx:
                 with tracker.phase(UPDATES["policy"]):

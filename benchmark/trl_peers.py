@@ -1,4 +1,4 @@
-"""The peers' side of benchmark/throughput.py: TRL's PPO, RewardTrainer and DPOTrainer on the workload that it has written.
+"""The peers' side of benchmark/throughput.py: TRL's PPO, RewardTrainer and DPOTrainer on the workload that it wrote.
 
 It runs in an environment of its own, since the last release of TRL with PPO is 1.9.0:
 
@@ -10,6 +10,7 @@ object: the seconds of every step and of the whole of `train()`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -67,9 +68,7 @@ def main() -> None:
         settings["gradient_checkpointing"] = False
     dtype = getattr(torch, args.weights)
     language_model = [AutoModelForCausalLM.from_pretrained(args.folder / "policy", dtype=dtype) for _ in range(2)]
-    scores = [
-        AutoModelForSequenceClassification.from_pretrained(args.folder / "reward", dtype=dtype) for _ in range(2)
-    ]
+    scores = [AutoModelForSequenceClassification.from_pretrained(args.folder / "reward", dtype=dtype) for _ in range(2)]
     clock = Clock()
     if args.trainer == "ppo":
         texts = Dataset.from_parquet(str(args.folder / "prompts.parquet"))["prompt"][:]
@@ -119,7 +118,7 @@ def main() -> None:
     start = time.perf_counter()
     trainer.train()
     ends = [start, *clock.times]
-    steps = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(ends)]
     print(json.dumps({"steps": steps, "total": time.perf_counter() - start}))
 
 

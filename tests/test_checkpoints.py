@@ -140,11 +140,12 @@ def policies(tmp_path_factory):
     return made
 
 
-def check_saved(folder: Path, source: Path, plain, **tolerance) -> None:
+def check_saved(folder: Path, source: Path, plain) -> None:
     """A saved policy has the names of the checkpoint it came from, and the library's model reads it."""
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    close(plain_logits(loaded.eval()), plain_logits(plain), **tolerance)
+    close(plain_logits(loaded.eval()), plain_logits(plain))  # sums depend on where tensors lie in memory
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in plain.state_dict().items())
     names = {name for file in source.glob("*.safetensors") for name in load_file(file)}
     weights = load_file(folder / "model.safetensors")
     assert weights.keys() == names
@@ -163,7 +164,7 @@ def test_a_policy_computes_what_the_librarys_model_does(policies, processes, tmp
     check_tie(policy, family)
     assert policy.generation_config.eos_token_id == [1, 20]
     repo.save_model(policy, tiny.make_tokenizer(), tmp_path / "model")
-    check_saved(tmp_path / "model", folder, plain, rtol=0, atol=0)
+    check_saved(tmp_path / "model", folder, plain)
 
 
 @EVERY_FAMILY
@@ -611,7 +612,7 @@ def test_two_processes(policies, beaver, processes, tmp_path):
                 assert all(torch.equal(found["buffers"][name], buffer) for name, buffer in buffers.items())
                 assert found["eos"] == [1, 20]
                 assert found["parameters"] == [name for name, _ in plain.named_parameters()]
-        check_saved(tmp_path / "saved" / family, source, plain, rtol=0, atol=0)
+        check_saved(tmp_path / "saved" / family, source, plain)
     for name, plain in scorers.items():
         for result in ranks:
             close(result[name], plain_scores(plain))

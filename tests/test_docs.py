@@ -16,6 +16,7 @@ import sacpo
 
 sys.path.append(str(ROOT / "benchmark"))
 import memory
+import throughput
 
 import toy
 
@@ -23,6 +24,7 @@ OTHERS = {
     "evaluate": evaluate.Score,
     "benchmark/toy": toy.Args,
     "benchmark/memory": memory.Args,
+    "benchmark/throughput": throughput.Args,
     "tests/kills": kills.Args,
 }
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("toy/*.md")])

@@ -15,6 +15,7 @@ from helpers import ROOT
 
 sys.path.append(str(ROOT / "benchmark"))
 import memory
+from memory import repo
 
 HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, INTERMEDIATE, VOCABULARY = 64, 2, 4, 2, 96, 80
 WIDTH = HIDDEN // HEADS * KEY_VALUE_HEADS  # of the keys of one token
@@ -27,7 +28,9 @@ TENSORS = 9 * LAYERS + 3  # weights of the policy, and of a score model
 COUNTS = """
 import dataclasses, json, sys
 from unittest import mock
-from test_memory import ARGS, config, efficient_attention, memory
+from test_memory import ARGS, config, efficient_attention, memory, repo
+
+repo.is_small = lambda model: False  # shard this tiny model as the large ones are that it stands for
 
 memory.transformers.logging.set_verbosity_error()
 rows = {
@@ -95,8 +98,9 @@ def test_the_step_holds_the_gradients_of_all_models_and_so_does_every_update_of_
     # Of the frozen models there are nothing but shards.
     left = phases["optimizer step"] - rows["base"]["total_at_rest"] - gradients
     assert 0 <= left < 8 * ARGS.batch * (ARGS.prompt_length + 6 * ARGS.response_length) + 64 * 3 * TENSORS
-    # In the second micro-batch all gradients are there, whichever model is updated.
-    assert phases["update of reward critic"] == phases["update of cost critic"]
+    # In the second micro-batch all gradients are there, whichever model is updated; the activations of both critics are
+    # there until the reward critic's are used.
+    assert phases["update of reward critic"] > phases["update of cost critic"]
 
 
 def test_gradient_checkpointing_lowers_the_peaks_of_the_updates_and_of_nothing_else(rows):
@@ -126,6 +130,7 @@ def test_tensors_with_content_take_the_same(rows, processes, monkeypatch):
         yield processes[1]
 
     monkeypatch.setattr(memory, "pretended", real)
+    monkeypatch.setattr(repo, "is_small", lambda model: False)
     row = memory.measure(config(), 1, ARGS)
     assert row["at_rest"] == rows["alone"]["at_rest"]
     assert row["phases"] == rows["alone"]["phases"]

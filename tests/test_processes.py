@@ -62,7 +62,9 @@ def main(folder, jobs):
             meshes.append(mesh)
             return shard(model, mesh, *settings)
 
-        with recorded_updates(module) as updates, changed(module, shard=recorded):
+        # Two processes hold these models as small ones, the others gather them as often as large ones.
+        held = {"shard": recorded, "is_small": lambda model: dist.get_world_size() == 2}
+        with recorded_updates(module) as updates, changed(module, **held):
             outcome = run_main(module, processes, [*words, "--output-dir", f"{folder}/{name}"])
         if outcome.code:
             sys.exit(f"{name}: {outcome}")

@@ -1,0 +1,269 @@
+"""How fast the scripts are, and how fast TRL is on the same workload, in turn: A B A B, and the ratio of medians.
+
+    python benchmark/throughput.py --peer PEER/bin/python       # against TRL 1.9.0, see benchmark/trl_peers.py
+    python benchmark/throughput.py --part scaling               # lengths, batches, processes; phases and floors
+    python benchmark/throughput.py --part toy                   # the whole default run on the toy world
+
+Workload: random Llama models of 4 layers, hidden size 256, intermediate size 512, 4 heads, vocabulary 1024; prompts of
+16 tokens, 32 response tokens, 64 responses an iteration; 64 pairs an optimizer step, responses of 8 to 32 tokens. Ours
+are whole processes of the scripts, `repo.py` with its six models, read from their own logs. The first three steps of
+every run are warm-up and do not count. Times are wall times, so give the machine nothing else to do.
+"""
+
+import json
+import operator
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY, PROMPT, WARM_UP = 1024, 16, 3
+
+
+@dataclass
+class Args:
+    """Measure throughput on one machine."""
+
+    part: Literal["peers", "scaling", "toy"] = "peers"
+    """what is measured"""
+    peer: str | None = None
+    """python of the environment with TRL 1.9.0; without it only ours is measured"""
+    rounds: int = 3
+    """how often each command runs, in turn with the others"""
+    steps: int = 20
+    """iterations or optimizer steps of a run, the warm-up among them"""
+    threads: int = 2
+    """threads of all processes together"""
+    json: str | None = None
+    """file for every figure that was measured"""
+
+
+def make_workload(folder: Path) -> None:
+    """Models with random weights, prompts and pairs, the same for every run."""
+    words = [f"w{i}" for i in range(VOCABULARY - 3)]
+    ids = {word: i for i, word in enumerate([*words, "<pad>", "<eos>", "<bos>"])}
+    core = Tokenizer(models.WordLevel(ids, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left"
+    )
+    shape = dict(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, pad_token_id=ids["<pad>"], eos_token_id=ids["<eos>"], bos_token_id=ids["<bos>"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for name in ("policy", "reward", "cost"):
+        kind = LlamaForCausalLM if name == "policy" else LlamaForSequenceClassification
+        labels = {} if name == "policy" else {"num_labels": 1}
+        kind(LlamaConfig(**shape, **labels)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    generator = torch.Generator().manual_seed(0)
+
+    def text(least: int, most: int) -> str:
+        length = int(torch.randint(least, most + 1, (1,), generator=generator))
+        return " ".join(words[i] for i in torch.randint(len(words), (length,), generator=generator).tolist())
+
+    prompts = [text(PROMPT, PROMPT) for _ in range(4096)]
+    Dataset.from_dict({"prompt": prompts}).to_parquet(folder / "prompts.parquet")
+    pairs = [
+        {"prompt": prompt, "response_0": text(8, 32), "response_1": text(8, 32), "better_response_id": i % 2}
+        | {"safer_response_id": i % 2, "is_response_0_safe": i % 2 == 0, "is_response_1_safe": i % 2 == 1}
+        for i, prompt in enumerate(prompts)
+    ]
+    Dataset.from_list(pairs).to_parquet(folder / "pairs.parquet")
+
+
+def execute(command: list, threads: int) -> tuple[str, float]:
+    """Run a command. Returns what it printed and its largest memory in MiB (its largest process)."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(list(map(str, command)), env=environment, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{text[-3000:]}")
+    return text, usage.ru_maxrss / 1024
+
+
+def step_ends(run: Path, prefix: str = "") -> list[float]:
+    """When the steps of a run ended, by the clock of its TensorBoard events."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    name = next(tag for tag in events.Tags()["scalars"] if tag.startswith(prefix))
+    return [event.wall_time for event in events.Scalars(name)]
+
+
+def ours(script: str, folder: Path, args: Args, batch: int = 64, new_tokens: int = 32, processes: int = 1, **flags):
+    """Run a script. Returns a dictionary: episodes (pairs) a second, seconds by phase, tokens a second, memory."""
+    out = Path(tempfile.mkdtemp())
+    common = {"output_dir": out, "seed": 1, "batch_size": batch, "micro_batch_size": batch, "learning_rate": 1e-5}
+    if script in ("repo.py", "ppo_lagrange.py"):
+        common |= {name: folder / name.partition("_")[0] for name in ("reward_model", "cost_model")}
+        common |= {"model": folder / "policy", "dataset": folder / "prompts.parquet", "eval_split": "train"}
+        common |= {"eval_dataset": folder / "prompts.parquet", "eval_size": processes, "eval_every": 0}
+        common |= {"max_new_tokens": new_tokens, "total_episodes": batch * args.steps}
+    else:
+        rows = batch * max(args.steps, 64)  # a whole epoch, over which SACPO's one reading of its reference is spread
+        common |= {"model": folder / "policy", "dataset": folder / "pairs.parquet", "epochs": 1}
+        common |= {"dataset_split": f"train[:{rows}]", "eval_dataset": folder / "pairs.parquet"}
+        common |= {"eval_split": "train[:64]"} | ({} if script == "sacpo.py" else {"kind": "reward"})
+    settings = [x for name, value in (common | flags).items() for x in (f"--{name.replace('_', '-')}", value)]
+    launcher = [sys.executable] if processes == 1 else ["torchrun", "--nproc_per_node", processes]
+    _, memory = execute([*launcher, ROOT / script, *settings], max(1, args.threads // processes))
+    measured = {"memory": memory}
+    ends = step_ends(out, "stage1/" if script == "sacpo.py" else "")
+    measured["seconds"] = statistics.median(map(operator.sub, ends[WARM_UP:], ends[WARM_UP - 1 :]))
+    if script == "sacpo.py":  # reads its reference before the first step, while TRL does so in every step
+        reading = ends[0] - (out / "args.json").stat().st_mtime - measured["seconds"]
+        measured["seconds"] += reading / len(ends)
+    if script in ("repo.py", "ppo_lagrange.py"):
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
+        for phase in ("rollout", "scoring", "update"):
+            measured[phase] = statistics.median(line[f"seconds_{phase}"] for line in lines)
+        measured["tokens"] = statistics.median(line["response_length"] for line in lines) * batch
+        measured["tokens_per_second"] = measured["tokens"] / measured["seconds"]
+    measured["rate"] = batch / measured["seconds"]
+    return measured
+
+
+def peer(trainer: str, folder: Path, args: Args, *flags: str) -> dict:
+    """Run a trainer of TRL on the same workload."""
+    script = ROOT / "benchmark" / "trl_peers.py"
+    text, memory = execute([args.peer, script, trainer, folder, "--steps", args.steps, *flags], args.threads)
+    seconds = statistics.median(json.loads(text.strip().splitlines()[-1])["steps"][WARM_UP:])
+    return {"seconds": seconds, "rate": 64 / seconds, "memory": memory}
+
+
+def in_turn(title: str, contestants: dict, rounds: int, record: dict) -> None:
+    """A B A B ...: print the median rate of each with its range, and the first one's ratio to it."""
+    results = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            results[name].append(run())
+    record[title] = results
+    first = [result["rate"] for result in next(iter(results.values()))]
+    print(f"\n| {title} | a second | range | memory, MiB | ours / this | by round |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, runs in results.items():
+        rates = [run["rate"] for run in runs]
+        ratios = [one / two for one, two in zip(first, rates, strict=True)]
+        print(
+            f"| {name} | {statistics.median(rates):.1f} | {min(rates):.1f}-{max(rates):.1f} "
+            f"| {statistics.median(run['memory'] for run in runs):.0f} "
+            f"| {statistics.median(first) / statistics.median(rates):.2f} | {min(ratios):.2f}-{max(ratios):.2f} |",
+            flush=True,
+        )
+
+
+def machine_rates(dtype: torch.dtype) -> tuple[float, float]:
+    """Measured rate of matrix products in FLOP/s, and of reading memory in bytes/s."""
+
+    def best(function, times=10):
+        seconds = []
+        for _ in range(times):
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    large = torch.ones(2**27)
+    return 2 * 2048**3 / best(lambda: a @ b), large.numel() * 4 / best(large.sum)
+
+
+def peers(folder: Path, args: Args, record: dict) -> None:
+    against = args.peer is not None
+    contestants = {"repo.py, defaults, six models": lambda: ours("repo.py", folder, args)}
+    contestants |= {"repo.py, float32": lambda: ours("repo.py", folder, args, dtype="float32")}
+    if against:
+        contestants |= {"TRL PPO, defaults (float32), four models": lambda: peer("ppo", folder, args)}
+        contestants |= {"TRL PPO, pure bfloat16": lambda: peer("ppo", folder, args, "--weights", "bfloat16")}
+    in_turn("episodes", contestants, args.rounds, record)
+    for script, trainer in (("preference_models.py", "reward"), ("sacpo.py", "dpo")):
+        contestants = {f"{script}, defaults": lambda script=script: ours(script, folder, args)}
+        if against:
+            name = {"reward": "TRL RewardTrainer", "dpo": "TRL DPOTrainer"}[trainer]
+            contestants |= {
+                f"{name}, defaults": lambda trainer=trainer: peer(trainer, folder, args),
+                f"{name}, no recomputation": lambda trainer=trainer: peer(trainer, folder, args, "--tuned"),
+            }
+        in_turn(f"pairs, {script}", contestants, args.rounds, record)
+
+
+def scaling(folder: Path, args: Args, record: dict) -> None:
+    contestants = {"one process, two threads": lambda: ours("repo.py", folder, args)}
+    contestants |= {"two processes": lambda: ours("repo.py", folder, args, processes=2)}
+    in_turn("episodes", contestants, args.rounds, record)
+    contestants = {"one process, two threads": lambda: ours("repo.py", folder, args, dtype="float32")}
+    contestants |= {"two processes": lambda: ours("repo.py", folder, args, processes=2, dtype="float32")}
+    in_turn("episodes in float32", contestants, args.rounds, record)
+    sys.path.insert(0, str(ROOT))
+    import repo
+
+    dtype = repo.compute_dtype("auto", torch.device("cpu"))
+    torch.set_num_threads(args.threads)
+    products, memory = machine_rates(dtype)
+    print(f"\n{dtype}: {products / 1e9:.0f} GFLOP/s of matrix products, {memory / 1e9:.1f} GB/s of reading\n")
+    record["machine"] = {"dtype": str(dtype), "products": products, "memory": memory}
+    print("| batch | tokens | episodes/s | tokens/s | rollout | scoring | update | ms a token step | update, share |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    blocks, head = 4 * (4 * 256**2 + 3 * 256 * 512), 256 * VOCABULARY  # weights that multiply
+    for batch, new in [(16, 32), (64, 32), (128, 32), (256, 32), (16, 48), (16, 112), (16, 240), (16, 496)]:
+        run = record[f"batch {batch}, {PROMPT + new} tokens"] = ours("repo.py", folder, args, batch, new)
+        rows = batch * (PROMPT + new)
+        attention = 2 * 2 * 4 * 256 * (PROMPT + new) / 2  # two products a layer, the causal half
+        flops = 3 * rows * 3 * (2 * blocks + attention) + 3 * 2 * head * batch * new  # backward is twice forward
+        share = flops / run["update"] / products
+        print(
+            f"| {batch} | {PROMPT + new} | {run['rate']:.1f} | {run['tokens_per_second']:.0f} | {run['rollout']:.3f} "
+            f"| {run['scoring']:.3f} | {run['update']:.3f} | {1000 * run['rollout'] / new:.1f} | {share:.0%} |",
+            flush=True,
+        )
+
+
+def toy(args: Args, record: dict) -> None:
+    """The default run, from the start of the process to its end, and what it reaches."""
+    runs = []
+    for seed in range(1, args.rounds + 1):
+        out, start = Path(tempfile.mkdtemp()), time.perf_counter()
+        execute([sys.executable, ROOT / "repo.py", "--output-dir", out, "--seed", seed], args.threads)
+        after = json.loads((out / "summary.json").read_text())["after"]
+        runs.append({"seconds": time.perf_counter() - start, "reward": after["reward"]})
+        runs[-1]["compliance"] = after["safety_compliance"]
+        print(f"seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in runs[-1].items()), flush=True)
+    record["toy"] = runs
+
+
+def main() -> None:
+    args, record = tyro.cli(Args), {}
+    if args.steps <= WARM_UP + 1:
+        sys.exit(f"--steps {args.steps}: more than {WARM_UP + 1} are needed")
+    with tempfile.TemporaryDirectory() as folder:
+        make_workload(Path(folder))
+        if args.part == "peers":
+            peers(Path(folder), args, record)
+        elif args.part == "scaling":
+            scaling(Path(folder), args, record)
+        else:
+            toy(args, record)
+    if args.json:
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What makes the scripts faster changes no result; and what benchmark/throughput.py reads from a run."""
+
+import statistics
+import sys
+
+import pytest
+import tiny
+import torch
+from helpers import ROOT, read_lines
+from transformers import AutoModelForCausalLM
+
+import repo
+
+sys.path.append(str(ROOT / "benchmark"))
+import throughput
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    folder = tiny.make_model(tmp_path_factory.mktemp("policy") / "model")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    "dtype, longest, plain", [("bfloat16", 128, True), ("bfloat16", 129, False), ("float32", 9, False)]
+)
+def test_attention_is_plain_for_short_texts_in_bfloat16_and_computes_the_same(policy, dtype, longest, plain):
+    policy.set_attn_implementation("sdpa")
+    ids, mask = repo.pad([[5, 6, 7], [8, 9, 10, 11, 12]], 2, "left")
+    before = repo.response_logprobs(policy, ids, mask, 2, 1.0)
+    repo.suit_attention(policy, getattr(torch, dtype), longest)
+    plain = plain and not torch.cuda.is_available()
+    assert policy.config._attn_implementation == ("eager" if plain else "sdpa")
+    torch.testing.assert_close(repo.response_logprobs(policy, ids, mask, 2, 1.0), before)
+
+
+def test_log_probabilities_in_chunks_are_those_of_the_whole(policy):
+    """A vocabulary of 2^18 makes a chunk of every two positions of two texts."""
+    logits = torch.randn(2, 6, 2**18, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    tokens = torch.randint(2**18, (2, 5), generator=torch.Generator().manual_seed(1))
+
+    def model(**_):
+        return type("Output", (), {"logits": logits})
+
+    found = repo.response_logprobs(model, tokens, torch.ones_like(tokens), 5, 0.7)
+    expected = (logits[:, :-1] / 0.7).log_softmax(-1).gather(2, tokens[:, :, None]).squeeze(2)
+    torch.testing.assert_close(found, expected)
+    weights = torch.arange(10.0).view(2, 5)
+    one, other = (torch.autograd.grad((weights * x).sum(), logits)[0] for x in (found, expected))
+    torch.testing.assert_close(one, other)
+
+
+def test_the_benchmark_reads_when_steps_ended(repo_run):
+    ends = throughput.step_ends(repo_run)
+    assert len(ends) == len(read_lines(repo_run / "metrics.jsonl")) and ends == sorted(ends)
+
+
+def test_the_benchmark_takes_turns_and_reports_ratios_of_medians(capsys):
+    turns, rates = [], {"ours": iter([10.0, 40.0, 20.0]), "peer": iter([10.0, 8.0, 5.0])}
+
+    def contestant(name):
+        def run():
+            turns.append(name)
+            return {"rate": next(rates[name]), "memory": 1.0}
+
+        return run
+
+    record = {}
+    throughput.in_turn("episodes", {name: contestant(name) for name in rates}, 3, record)
+    assert turns == ["ours", "peer"] * 3
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert f"| {statistics.median([10, 40, 20]) / 8:.2f} | 1.00-5.00 |" in row
+    assert [run["rate"] for run in record["episodes"]["peer"]] == [10.0, 8.0, 5.0]
+
+
+def test_the_workload_is_what_the_page_says(tmp_path):
+    throughput.make_workload(tmp_path)
+    tokenizer = repo.load_tokenizer(str(tmp_path / "policy"), False)
+    rows = repo.load_rows(str(tmp_path / "pairs.parquet"), "train", ["prompt", "response_0", "response_1"], "--dataset")
+    assert {len(tokenizer(text)["input_ids"]) for text in rows["prompt"]} == {throughput.PROMPT}
+    lengths = {len(tokenizer(text)["input_ids"]) for name in ("response_0", "response_1") for text in rows[name]}
+    assert lengths == set(range(8, 33))
