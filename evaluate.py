@@ -667,12 +667,12 @@ def load_score_model(name: str, dtype: torch.dtype, flag: str, seed: int, trust_
 
 
 def is_small(model: nn.Module) -> bool:
-    """Whether a gathered model may stay whole: from the forward to the backward pass, or for good if it is frozen."""
+    """Whether all of a model is gathered at once: 2^28 parameters are 512 MB in bfloat16."""
     return sum(parameter.numel() for parameter in model.parameters()) < 2**28
 
 
 def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
-    """FSDP2: each transformer block is gathered when it computes, the rest with the root.
+    """FSDP2: each transformer block is gathered when it computes, the rest with the root; a small model as a whole.
 
     The weights are those of rank 0, the only process that ever holds them all; they reach the others tensor by tensor.
     The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
@@ -687,12 +687,9 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
-    settings = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
-    if is_small(model) and not cpu_offload:
-        settings["reshard_after_forward"] = False
-    for module in [module for module in model.modules() if type(module).__name__ in blocks]:
-        fully_shard(module, **settings)
-    fully_shard(model, **settings)
+    blocks = [module for module in model.modules() if type(module).__name__ in blocks]
+    for module in [*([] if is_small(model) else blocks), model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
     model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     model.tie_weights()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -723,7 +720,7 @@ def unsharded(model: nn.Module):
     yield
     for unit in units:
         unit.reshard()
-        unit.set_reshard_after_forward(unit is not model and not is_small(model), recurse=False)  # as in `shard`
+        unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP2's own choice: the root stays
 
 
 def finite(value):

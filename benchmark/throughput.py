@@ -37,10 +37,12 @@ VOCABULARY, PROMPT, WARM_UP = 1024, 16, 3
 class Args:
     """Measure throughput on one machine."""
 
-    part: Literal["peers", "scaling", "toy"] = "peers"
+    part: Literal["peers", "processes", "scaling", "toy"] = "peers"
     """what is measured"""
     peer: str | None = None
     """python of the environment with TRL 1.9.0; without it only ours is measured"""
+    against: str | None = None
+    """folder of another version of the scripts, such as a checkout of an older commit, that runs in turn with this one"""
     rounds: int = 3
     """how often each command runs, in turn with the others"""
     steps: int = 20
@@ -108,9 +110,11 @@ def step_ends(run: Path, prefix: str = "") -> list[float]:
     return [event.wall_time for event in events.Scalars(name)]
 
 
-def ours(script: str, folder: Path, args: Args, batch: int = 64, new_tokens: int = 32, processes: int = 1, **flags):
+def ours(
+    script: str, folder: Path, args: Args, batch: int = 64, new_tokens: int = 32, processes: int = 1, root=ROOT, **flags
+) -> dict:
     """Run a script. Returns a dictionary: episodes (pairs) a second, seconds by phase, tokens a second, memory."""
-    out = Path(tempfile.mkdtemp())
+    out = Path(tempfile.mkdtemp(dir=folder))
     common = {"output_dir": out, "seed": 1, "batch_size": batch, "micro_batch_size": batch, "learning_rate": 1e-5}
     if script in ("repo.py", "ppo_lagrange.py"):
         common |= {name: folder / name.partition("_")[0] for name in ("reward_model", "cost_model")}
@@ -124,7 +128,7 @@ def ours(script: str, folder: Path, args: Args, batch: int = 64, new_tokens: int
         common |= {"eval_split": "train[:64]"} | ({} if script == "sacpo.py" else {"kind": "reward"})
     settings = [x for name, value in (common | flags).items() for x in (f"--{name.replace('_', '-')}", value)]
     launcher = [sys.executable] if processes == 1 else ["torchrun", "--nproc_per_node", processes]
-    _, memory = execute([*launcher, ROOT / script, *settings], max(1, args.threads // processes))
+    _, memory = execute([*launcher, root / script, *settings], max(1, args.threads // processes))
     measured = {"memory": memory}
     ends = step_ends(out, "stage1/" if script == "sacpo.py" else "")
     measured["seconds"] = statistics.median(map(operator.sub, ends[WARM_UP:], ends[WARM_UP - 1 :]))
@@ -150,22 +154,25 @@ def peer(trainer: str, folder: Path, args: Args, *flags: str) -> dict:
 
 
 def in_turn(title: str, contestants: dict, rounds: int, record: dict) -> None:
-    """A B A B ...: print the median rate of each with its range, and the first one's ratio to it."""
+    """A B A B ...: print the median rate of each with its range, the first one's ratio to it, and its phases if known."""
     results = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
             results[name].append(run())
     record[title] = results
     first = [result["rate"] for result in next(iter(results.values()))]
-    print(f"\n| {title} | a second | range | memory, MiB | ours / this | by round |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    phases = ("rollout", "scoring", "update")
+    print(f"\n| {title} | a second | range | memory, MiB | first / this | by round | {', '.join(phases)}, s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, runs in results.items():
         rates = [run["rate"] for run in runs]
         ratios = [one / two for one, two in zip(first, rates, strict=True)]
+        times = [f"{statistics.median(run[phase] for run in runs):.3f}" for phase in phases if phase in runs[0]]
         print(
             f"| {name} | {statistics.median(rates):.1f} | {min(rates):.1f}-{max(rates):.1f} "
             f"| {statistics.median(run['memory'] for run in runs):.0f} "
-            f"| {statistics.median(first) / statistics.median(rates):.2f} | {min(ratios):.2f}-{max(ratios):.2f} |",
+            f"| {statistics.median(first) / statistics.median(rates):.2f} | {min(ratios):.2f}-{max(ratios):.2f} "
+            f"| {', '.join(times)} |",
             flush=True,
         )
 
@@ -205,13 +212,21 @@ def peers(folder: Path, args: Args, record: dict) -> None:
         in_turn(f"pairs, {script}", contestants, args.rounds, record)
 
 
+def processes(folder: Path, args: Args, record: dict) -> None:
+    for dtype in ("auto", "float32"):
+        contestants = {}
+        for count, name in ((2, "two processes"), (1, "one process, two threads")):
+            for root in (ROOT, *([Path(args.against)] if args.against else [])):
+                contestants[name if root == ROOT else f"{name}, {root.name}"] = (
+                    lambda count=count, root=root, dtype=dtype: ours(
+                        "repo.py", folder, args, processes=count, root=root, dtype=dtype
+                    )
+                )
+        in_turn(f"episodes, --dtype {dtype}", contestants, args.rounds, record)
+
+
 def scaling(folder: Path, args: Args, record: dict) -> None:
-    contestants = {"one process, two threads": lambda: ours("repo.py", folder, args)}
-    contestants |= {"two processes": lambda: ours("repo.py", folder, args, processes=2)}
-    in_turn("episodes", contestants, args.rounds, record)
-    contestants = {"one process, two threads": lambda: ours("repo.py", folder, args, dtype="float32")}
-    contestants |= {"two processes": lambda: ours("repo.py", folder, args, processes=2, dtype="float32")}
-    in_turn("episodes in float32", contestants, args.rounds, record)
+    processes(folder, args, record)
     sys.path.insert(0, str(ROOT))
     import repo
 
@@ -257,6 +272,8 @@ def main() -> None:
         make_workload(Path(folder))
         if args.part == "peers":
             peers(Path(folder), args, record)
+        elif args.part == "processes":
+            processes(Path(folder), args, record)
         elif args.part == "scaling":
             scaling(Path(folder), args, record)
         else:
