@@ -750,12 +750,14 @@ def load_score_model(name: str, dtype: torch.dtype, flag: str, seed: int, trust_
 
 
 def is_small(model: nn.Module) -> bool:
-    """Whether all of a model is gathered at once: 2^28 parameters are 512 MB in bfloat16."""
+    """Whether every rank holds a copy of a model: 2^28 parameters take 4 GiB with gradients and moments in float32."""
     return sum(parameter.numel() for parameter in model.parameters()) < 2**28
 
 
 def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
-    """FSDP2: each transformer block is gathered when it computes, the rest with the root; a small model as a whole.
+    """FSDP2: each transformer block is gathered when it computes, the rest with the root.
+
+    A small model is not sharded: every rank has a copy, and only gradients are exchanged.
 
     The weights are those of rank 0, the only process that ever holds them all; they reach the others tensor by tensor.
     The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
@@ -770,9 +772,12 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
-    blocks = [module for module in model.modules() if type(module).__name__ in blocks]
-    for module in [*([] if is_small(model) else blocks), model]:
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    units = [module for module in model.modules() if type(module).__name__ in blocks] + [model]
+    if is_small(model):  # in FSDP2's terms: shards over one rank, replicated over all
+        units, shape = [model], (dist.get_world_size(), 1)
+        mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
     model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     model.tie_weights()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

@@ -30,6 +30,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import repo  # noqa: E402
+
+CPU = torch.device("cpu")
 VOCABULARY, PROMPT, WARM_UP = 1024, 16, 3
 
 
@@ -42,7 +46,7 @@ class Args:
     peer: str | None = None
     """python of the environment with TRL 1.9.0; without it only ours is measured"""
     against: str | None = None
-    """folder of another version of the scripts, such as a checkout of an older commit, that runs in turn with this one"""
+    """folder of another version of the scripts, such as an older commit's, that runs in turn with this one"""
     rounds: int = 3
     """how often each command runs, in turn with the others"""
     steps: int = 20
@@ -127,8 +131,8 @@ def ours(
         common |= {"dataset_split": f"train[:{rows}]", "eval_dataset": folder / "pairs.parquet"}
         common |= {"eval_split": "train[:64]"} | ({} if script == "sacpo.py" else {"kind": "reward"})
     settings = [x for name, value in (common | flags).items() for x in (f"--{name.replace('_', '-')}", value)]
-    launcher = [sys.executable] if processes == 1 else ["torchrun", "--nproc_per_node", processes]
-    _, memory = execute([*launcher, root / script, *settings], max(1, args.threads // processes))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
+    _, memory = execute([sys.executable, *launcher, root / script, *settings], max(1, args.threads // processes))
     measured = {"memory": memory}
     ends = step_ends(out, "stage1/" if script == "sacpo.py" else "")
     measured["seconds"] = statistics.median(map(operator.sub, ends[WARM_UP:], ends[WARM_UP - 1 :]))
@@ -154,11 +158,12 @@ def peer(trainer: str, folder: Path, args: Args, *flags: str) -> dict:
 
 
 def in_turn(title: str, contestants: dict, rounds: int, record: dict) -> None:
-    """A B A B ...: print the median rate of each with its range, the first one's ratio to it, and its phases if known."""
+    """A B A B ...: print the median rate of each with its range, the first one's ratio to it, and its phases."""
     results = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
             results[name].append(run())
+            print(f"{title}: {name}: {results[name][-1]['rate']:.1f} a second", file=sys.stderr, flush=True)
     record[title] = results
     first = [result["rate"] for result in next(iter(results.values()))]
     phases = ("rollout", "scoring", "update")
@@ -213,7 +218,7 @@ def peers(folder: Path, args: Args, record: dict) -> None:
 
 
 def processes(folder: Path, args: Args, record: dict) -> None:
-    for dtype in ("auto", "float32"):
+    for dtype in dict.fromkeys([str(repo.compute_dtype("auto", CPU)).removeprefix("torch."), "float32"]):
         contestants = {}
         for count, name in ((2, "two processes"), (1, "one process, two threads")):
             for root in (ROOT, *([Path(args.against)] if args.against else [])):
@@ -227,10 +232,7 @@ def processes(folder: Path, args: Args, record: dict) -> None:
 
 def scaling(folder: Path, args: Args, record: dict) -> None:
     processes(folder, args, record)
-    sys.path.insert(0, str(ROOT))
-    import repo
-
-    dtype = repo.compute_dtype("auto", torch.device("cpu"))
+    dtype = repo.compute_dtype("auto", CPU)
     torch.set_num_threads(args.threads)
     products, memory = machine_rates(dtype)
     print(f"\n{dtype}: {products / 1e9:.0f} GFLOP/s of matrix products, {memory / 1e9:.1f} GB/s of reading\n")

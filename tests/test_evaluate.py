@@ -140,7 +140,8 @@ def test_a_model_with_a_tokenizer_of_its_own(score, files, models, tmp_path):
 def test_two_processes_answer_as_one(score, models, finished, tmp_path):
     entries = [f"{name}={models[name]}" for name in ("first", "second")]
     words = command(**score.defaults | dict(output_dir=tmp_path / "out", cpu_offload=True))
-    outcome = finish(start([ROOT / "evaluate.py", "score", "--models", *entries, *words], processes=2), seconds=400)
+    program = [ROOT / "tests" / "sharded.py", "evaluate", "score", "--models", *entries, *words]
+    outcome = finish(start(program, processes=2, python_path=ROOT), seconds=400)
     assert outcome.code == 0, outcome
     for row, expected in zip(answered(tmp_path / "out"), answered(finished[0]), strict=True):
         for name, value in expected.items():

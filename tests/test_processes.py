@@ -47,7 +47,7 @@ RUNS = {
 }
 WORLDS = [1, 2, 4, "2x2"]
 # What changes nothing may differ between the worlds: how sampling gathers the policy, and what shares its shards.
-CHANGES = {2: dict(response=dict(no_whole_rollout=True)), "2x2": dict(average=dict(shard_over="world"))}
+CHANGES = {4: dict(response=dict(no_whole_rollout=True)), "2x2": dict(average=dict(shard_over="world"))}
 NUMBERS = {"reward", "cost", "scores", "loss"}
 
 
@@ -59,10 +59,11 @@ def main(folder, jobs):
         meshes, shard = [], module.shard
 
         def recorded(model, mesh, *settings, meshes=meshes, shard=shard):
-            meshes.append(mesh)
-            return shard(model, mesh, *settings)
+            sharded = shard(model, mesh, *settings)
+            meshes.append(list(next(sharded.parameters()).device_mesh.shape))
+            return sharded
 
-        # Two processes hold these models as small ones, the others gather them as often as large ones.
+        # Two processes have copies of these models, as they are small; the others shard them like large ones.
         held = {"shard": recorded, "is_small": lambda model: dist.get_world_size() == 2}
         with recorded_updates(module) as updates, changed(module, **held):
             outcome = run_main(module, processes, [*words, "--output-dir", f"{folder}/{name}"])
@@ -70,7 +71,7 @@ def main(folder, jobs):
             sys.exit(f"{name}: {outcome}")
         if dist.get_rank() == 0:
             torch.save(updates[:3], f"{folder}/{name}/updates.pt")
-            Path(folder, name, "mesh.json").write_text(json.dumps([list(mesh.shape) for mesh in meshes]))
+            Path(folder, name, "mesh.json").write_text(json.dumps(meshes))
     repo.shut_down()
 
 
@@ -166,8 +167,9 @@ def test_weights_are_equal(folders, pair):
 
 
 def test_several_nodes_shard_inside_each_and_replicate_across(folders):
-    """Every model of a run, on a mesh of [nodes, processes of a node], unless all processes shall share a copy."""
-    for world, name, shape in (("2x2", "response", [2, 2]), ("2x2", "average", [4]), (4, "response", [4])):
+    """Every model of a run, on a mesh of [copies, processes that share one], unless all processes shall share one."""
+    expected = [("2x2", "response", [2, 2]), ("2x2", "average", [4]), (4, "response", [4]), (2, "response", [2, 1])]
+    for world, name, shape in expected:
         models = json.loads((folders[world] / name / "mesh.json").read_text())
         assert models == [shape] * 6
 

@@ -498,23 +498,29 @@ def metrics_of(folder) -> int:
 
 
 def test_another_number_of_processes_goes_on(defaults, run, whole, tmp_path):
-    """One process begins and two go on; two begin and one goes on: the same within rounding, as without a break."""
+    """One process begins and two go on, with shards or copies; two begin and one goes on: as without a break."""
     flags = command(**defaults["repo"] | RUNS["repo"][1])
     cut_off(run, "repo", tmp_path / "up", 3 * 3)
     cut_off(run, "repo", tmp_path / "down", 1)  # only its folder is used, which two processes fill
     shutil.rmtree(tmp_path / "down")
-    words = [ROOT / "repo.py", *flags, "--save-every", "2", "--output-dir"]
-    up, down = start([*words, tmp_path / "up", "--resume"], 2), start([*words, tmp_path / "down"], 2)
-    outcome = finish(up)
-    assert outcome.code == 0 and f"from {tmp_path / 'up' / 'checkpoints' / '00000002'}" in outcome.err, outcome.err
-    outcome = finish(down)
-    assert outcome.code == 0, outcome.err
+    shutil.copytree(tmp_path / "up", tmp_path / "copies")
+    words = [*flags, "--save-every", "2", "--output-dir"]
+    sharded = dict(processes=2, python_path=ROOT)
+    up, down = (
+        start([ROOT / "tests" / "sharded.py", "repo", *words, *rest], **sharded)
+        for rest in ([tmp_path / "up", "--resume"], [tmp_path / "down"])
+    )
+    copies = start([ROOT / "repo.py", *words, tmp_path / "copies", "--resume"], processes=2)
+    for name, process in dict(up=up, down=down, copies=copies).items():
+        outcome = finish(process)
+        assert outcome.code == 0, outcome.err
+        assert name == "down" or f"from {tmp_path / name / 'checkpoints' / '00000002'}" in outcome.err, outcome.err
     for entry in ("summary.json", "checkpoints/00000004"):  # as if it had been killed at its third iteration
         path = tmp_path / "down" / entry
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert resume(run, "repo", tmp_path / "down").code == 0
     expected = read_lines(whole("repo") / "metrics.jsonl")
-    for folder in ("up", "down"):
+    for folder in ("up", "down", "copies"):
         lines = read_lines(tmp_path / folder / "metrics.jsonl")
         for line, other in zip(lines, expected, strict=True):
             assert without_times(line) == pytest.approx(without_times(other), rel=1e-4, abs=1e-5)

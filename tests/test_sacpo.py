@@ -805,7 +805,8 @@ def worker(folder, jobs):
     """What every process of torchrun does: all the runs, one after the other."""
     processes = sacpo.start_processes()
     for name, line in jobs.items():
-        with recorded_updates(sacpo) as updates:
+        copies = name == "kto"  # else every model is sharded
+        with recorded_updates(sacpo) as updates, changed(sacpo, is_small=lambda model, copies=copies: copies):
             outcome = run_main(sacpo, processes, [*line, "--output-dir", f"{folder}/{name}"])
         if outcome.code:
             sys.exit(f"{name}: {outcome}")
