@@ -22,6 +22,7 @@ INTENDED = {
 }
 
 LIBRARIES = {"torch", "transformers", "datasets", "tyro", "huggingface_hub", "tqdm", "matplotlib", "PIL", "safetensors"}
+LIBRARIES |= {"openai"}
 OPTIONAL = {"wandb"}  # only on request, inside a function
 
 
