@@ -21,7 +21,8 @@ import throughput
 import toy
 
 OTHERS = {
-    "evaluate": evaluate.Score,
+    "evaluate.py score": evaluate.Score,
+    "evaluate.py judge": evaluate.Judge,
     "benchmark/toy": toy.Args,
     "benchmark/memory": memory.Args,
     "benchmark/throughput": throughput.Args,
@@ -70,5 +71,6 @@ def test_flags_of_the_scripts_exist(page):
     arguments = {script.__name__: script.Args for script in (repo, ppo_lagrange, sacpo, preference_models)}
     for name, args in (arguments | OTHERS).items():
         flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(args)} | {"--help"}
-        for command in re.findall(rf"{name}\.py( [^\n;|&#]*)", text):
+        program = name if ".py" in name else f"{name}.py"
+        for command in re.findall(rf"{re.escape(program)}( [^\n;|&#]*)", text):
             assert set(re.findall(r" (--[a-z][a-z-]+)", command)) <= flags, command
