@@ -1245,7 +1245,7 @@ def record_settings(args: Args, models: dict[str, str], dtype: torch.dtype, text
     return settings | {"prompts": len(texts), "prompts_sha256": digest}
 
 
-def read_rows(path: Path, kinds: dict[str, type], what: str) -> list[dict]:
+def read_rows(path: Path, kinds: dict, what: str) -> list[dict]:
     """Rows of a jsonl file that this script wrote, without the last line where a kill tore it."""
     content = path.read_bytes() if path.exists() else b""
     rows = []
@@ -1453,6 +1453,12 @@ def read_models(args: Judge) -> dict[str, dict[int, dict]]:
                     f"--responses: {files[name]} and {path} both hold a model {name}; give one another name"
                 )
             for index, row in rows.items():
+                try:
+                    (row["prompt"] + row["response"]).encode()
+                except UnicodeEncodeError:
+                    raise UserError(
+                        f"--responses {path}: prompt {index} of {name} or its answer has half of a surrogate pair in it"
+                    ) from None
                 if texts.setdefault(index, row["prompt"]) != row["prompt"]:
                     raise UserError(
                         f"--responses {path}: prompt {index} of {name} is not the one of the models before; models are "
@@ -1524,8 +1530,9 @@ class Endpoint:
         )
 
     def without_key(self, text: str) -> str:
-        """A text from the endpoint, which may repeat the key that it was sent."""
-        return text.replace(self.key, "***") if self.key != "none" else text
+        """A text from the endpoint, which may repeat the key that it was sent; what is shorter than 8 is no secret."""
+        text = text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
+        return text.replace(self.key, "***") if len(self.key) >= 8 else text
 
     async def ask(self, text: str, seed: int) -> tuple[str, int, int]:
         """The judge's reply to a message, and the tokens that it read and wrote. Raises openai.APIError."""
@@ -1535,16 +1542,16 @@ class Endpoint:
             "max_completion_tokens": self.args.max_reply_tokens,
         }
         body = {key: value for key, value in (limit | json.loads(self.args.extra_body)).items() if value is not None}
-        messages = [{"role": "user", "content": text}]
-        reply, usage = "", None
+        response = await self.client.chat.completions.with_raw_response.create(
+            model=self.args.judge_model, messages=[{"role": "user", "content": text}], extra_body=body
+        )
+        reply, usage = None, {}
         # Whatever else a server sends in place of a completion is a verdict that cannot be read.
-        with contextlib.suppress(AttributeError, IndexError, TypeError, ValueError, openai.APIResponseValidationError):
-            completion = await self.client.chat.completions.create(
-                model=self.args.judge_model, messages=messages, extra_body=body
-            )
-            usage = getattr(completion, "usage", None)
-            reply = completion.choices[0].message.content
-        counts = [getattr(usage, key, None) for key in ("prompt_tokens", "completion_tokens")]
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            completion = json.loads(response.text)
+            usage = completion.get("usage") or {}
+            reply = completion["choices"][0]["message"]["content"]
+        counts = [usage.get(key) if isinstance(usage, dict) else 0 for key in ("prompt_tokens", "completion_tokens")]
         counts = [count if isinstance(count, int) else 0 for count in counts]
         return self.without_key(reply) if isinstance(reply, str) else "", *counts
 
@@ -1619,26 +1626,27 @@ async def collect(args: Judge, jobs: list[dict], verdicts: list[dict], folder: P
 
     def stop(number):
         caught.append(number)
-        for worker in workers:
-            worker.cancel()
+        main.cancel()
 
-    async with endpoint.client:
-        if jobs:
-            await endpoint.check()
-        open_evaluation(folder, settings, "verdicts.jsonl")
-        bar = tqdm(total=len(jobs) + len(verdicts), initial=len(verdicts), desc="verdicts")
-        workers = [asyncio.create_task(work()) for _ in range(args.concurrency)]
-        for number in (signal.SIGINT, signal.SIGTERM):  # none of them strikes while a verdict is being written
-            asyncio.get_running_loop().add_signal_handler(number, stop, number)
-        try:
-            await asyncio.gather(*workers)
-        except asyncio.CancelledError:
-            if not caught:
-                raise
-        finally:
-            for worker in workers:
-                worker.cancel()
-            bar.close()
+    main = asyncio.current_task()
+    for number in (signal.SIGINT, signal.SIGTERM):  # neither strikes while a verdict is being written
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        async with endpoint.client:
+            if jobs:
+                await endpoint.check()
+            open_evaluation(folder, settings, "verdicts.jsonl")
+            bar = tqdm(total=len(jobs) + len(verdicts), initial=len(verdicts), desc="verdicts")
+            workers = [asyncio.create_task(work()) for _ in range(args.concurrency)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                bar.close()
+    except asyncio.CancelledError:
+        if not caught:
+            raise
     return caught[0] if caught else 0
 
 

@@ -42,7 +42,7 @@ def asked(text: str) -> tuple[str, str, str, str]:
 
 class JudgeServer(http.server.ThreadingHTTPServer):
     """An endpoint on loopback. reply(text, number) of the number-th request is a text or None for a completion's
-    content, bytes for another body, a (status, headers, text) for a fault, or "drop" inside a tuple for no answer."""
+    content, bytes are another body, (status, headers, text) is a fault, "drop" no answer, and "cut" half of one."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -71,8 +71,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             reply = server.reply(body["messages"][0]["content"], number)
             status, headers = 200, {}
-            if reply == ("drop",):
+            if reply in ("drop", "cut"):
                 self.close_connection = True
+                if reply == "cut":
+                    self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"choices": [')
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
             if isinstance(reply, tuple):
@@ -264,7 +266,8 @@ def test_what_is_sent_and_what_is_written(judge, serve, out, responses):
         assert text in [request[2]["messages"][0]["content"] for request in server.requests]
         assert row["reply"] == exact_scores(text) and row["scores"] == evaluate.read_scores(row["reply"])
         assert (row["tokens_in"], row["tokens_out"]) == (100, 7)
-    assert f"2,400 tokens in, 168 out, cost {(2400 * 2 + 168 * 10) / 1e6:.2f}" in outcome.out + outcome.err
+    assert f"2,400 tokens in, 168 out, cost {(2400 * 2 + 168 * 10) / 1e6:.2f}" in outcome.out
+    assert "24/24" in outcome.err and outcome.err.rstrip().endswith("2,400 tokens in, 168 out, cost 0.01]")
     assert (results(out)["tokens_in"], results(out)["tokens_out"]) == (2400, 168)
     args = json.loads((out / "args.json").read_text())
     fields = {field.name for field in dataclasses.fields(evaluate.Judge)}
@@ -392,9 +395,10 @@ def faulty(judge, serve):
         (429, {"Retry-After": "1"}, "slow down"),
         (500, {}, "oh no"),
         (503, {"Content-Type": "text/html"}, "<html>"),
-        ("drop",),
+        "drop",
+        "cut",
     ],
-    ids=["rate limit", "server error", "unavailable", "dropped connection"],
+    ids=["rate limit", "server error", "unavailable", "dropped connection", "dropped answer"],
 )
 def test_requests_that_fail_once_are_sent_again(faulty, out, fault):
     outcome, server = faulty(fault)
@@ -409,8 +413,18 @@ def test_requests_that_fail_once_are_sent_again(faulty, out, fault):
 
 @pytest.mark.parametrize(
     "fault",
-    ["I like the first one better, 7 steps against 3.", "", None, b"{}", b'{"choices": []}', b"<html>", b'"', b"[1]"],
-    ids=["nonsense", "empty", "null", "no choices", "choices empty", "no JSON", "broken JSON", "another type"],
+    [
+        "I like the first one better, 7 steps against 3.",
+        "half a character: \ud800",
+        "",
+        None,
+        b"{}",
+        b'{"choices": [], "usage": 3}',
+        b"<html>",
+        b'"',
+        b"[1]",
+    ],
+    ids=["nonsense", "surrogate", "empty", "null", "no choices", "no choice", "no JSON", "broken JSON", "another type"],
 )
 def test_unreadable_verdicts_are_asked_for_again(faulty, out, fault):
     """In other words and with another seed, since a judge at temperature zero would repeat itself."""
@@ -771,6 +785,8 @@ def test_answers_that_cannot_be_compared(refused, responses, tmp_path):
     refused("--models nobody", words=("--models", "sft", "nobody"))
     refused("--models: sft is there twice", words=("--models", "sft", "sft"))
     refused("hold one model, sft", words=("--models", "sft"))
+    half = write_answers(tmp_path / "half.jsonl", {"other": ["\ud800", *MODELS["sft"][1:]]})
+    refused("prompt 0 of other", "surrogate", words=("--responses", responses, half))
 
 
 def test_several_processes_are_refused(processes, responses, monkeypatch):
