@@ -591,7 +591,9 @@ def report(args: Args) -> None:
 def main(args: Args) -> None:
     if args.part != "report":
         execute(args)
+    repo.start_processes()  # a group of one, whose rank 0 loads the score models
     report(args)
+    repo.shut_down()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import time
 import pytest
 import tiny
 import world
-from helpers import ROOT
+from helpers import ROOT, finish, start
 from PIL import Image
 
 import ppo_lagrange
@@ -33,7 +33,7 @@ def test_optima_are_those_of_the_world():
     assert toy.optimum("prompt", learned=False)[:2] == pytest.approx(((4 + 2.2 + 1.45) / 3, -0.5), abs=1e-6)
 
 
-def test_optima_of_the_learned_models_lie_where_the_page_says():
+def test_optima_of_the_learned_models_lie_where_the_page_says(processes):
     """The sign of the learned cost is right on every answer worth giving; its scale moves the other two optima."""
     _, exact = toy.scores(learned=False)
     _, learned = toy.scores(learned=True)
@@ -82,7 +82,9 @@ def folder(tmp_path_factory):
     (folder / "docs").mkdir()
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     (folder / "docs" / "experiments.md").write_text(page, encoding="utf-8")
-    toy.main(toy.Args("report", (1, 2), (1, 2), folder / "runs", folder / "docs"))
+    words = ["--part", "report", "--runs", folder / "runs", "--docs", folder / "docs"]
+    outcome = finish(start([ROOT / "benchmark" / "toy.py", *words, "--seeds", 1, 2, "--ablation-seeds", 1, 2]))
+    assert outcome.code == 0, outcome.err
     return folder
 
 
@@ -119,7 +121,7 @@ def test_figures(folder):
         assert path.stat().st_size < 100_000
 
 
-def test_the_report_again_gives_the_same_page(folder):
+def test_the_report_again_gives_the_same_page(folder, processes):
     page = (folder / "docs" / "experiments.md").read_bytes()
     toy.report(toy.Args("report", (1, 2), (1, 2), folder / "runs", folder / "docs"))
     assert (folder / "docs" / "experiments.md").read_bytes() == page
