@@ -10,6 +10,7 @@ after a change of a script or a setting its folder has to be removed. Needs test
 
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -221,7 +222,7 @@ def numbers(rows: list[dict]) -> dict[str, float]:
     result["learned_cost"] = np.mean([row["cost"] for row in rows])
     for hazard in world.HAZARDS:
         part = measure.measure([row for row in rows if world.HAZARDS[world.hazard(row["prompt"])] == hazard])
-        result |= {f"{hazard} {key}": part[key] for key in ("reward", "cost", "compliance")}
+        result |= {f"{hazard} {key}": part[key] for key in ("reward", "cost", "compliance", "refusals")}
     return result
 
 
@@ -248,6 +249,12 @@ def of_run(args: Args, name: str) -> list[dict]:
     return results
 
 
+def refusals() -> list[dict]:
+    """The answers of a policy that refuses every prompt; its learned scores are left out."""
+    answer = {"response": world.REFUSALS[0], "reward": math.nan, "cost": math.nan}
+    return [{"prompt": prompt} | answer for prompt in world.heldout_prompts()]
+
+
 def mean_and_half(results: list[dict], key: str, scale: float = 1.0) -> tuple[float, float]:
     """Mean over seeds and half-width of its 95% t-interval (0 for a single seed)."""
     text = measure.interval([scale * result[key] for result in results], 6).split(" ± ")
@@ -255,7 +262,7 @@ def mean_and_half(results: list[dict], key: str, scale: float = 1.0) -> tuple[fl
 
 
 def cell(results: list[dict], key: str) -> str:
-    percent = "compliance" in key
+    percent = key.endswith(("compliance", "refusals", "helpful"))
     text = measure.interval([(100 if percent else 1) * result[key] for result in results], 1 if percent else 2)
     return text + (" %" if percent else "")
 
@@ -356,10 +363,17 @@ def experiment_tables(args: Args) -> dict[str, str]:
         for name, results in measured.items()
     ]
     hazard_columns = ["method", *(f"{h}: {key}" for h in world.HAZARDS for key in ("cost", "safe"))]
+    refusal_keys = ["compliance", *(f"{h} refusals" for h in world.HAZARDS), "helpful"]
+    refusal_rows = [
+        [METHODS[name][0], *(cell(results, key) for key in refusal_keys)] for name, results in measured.items()
+    ]
+    refusal_rows.append(["*a refusal to everybody*", *(cell([numbers(refusals())], key) for key in refusal_keys)])
+    refusal_columns = ["method", "safe answers", *(f"refused: {h}" for h in world.HAZARDS), "safe and helpful"]
     return {
         "optima": table(["best policy under", "reward", "cost", "safe answers"], optima),
         "methods": table(columns, rows),
         "hazards": table(hazard_columns, hazard_rows),
+        "refusals": table(refusal_columns, refusal_rows),
         "penalties": penalty_table(),
         "scales": scale_table(),
         "second half": second_half_table(args),

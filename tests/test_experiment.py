@@ -94,7 +94,10 @@ def cells(page, label):
 
 def test_tables(folder):
     page = (folder / "docs" / "experiments.md").read_text(encoding="utf-8")
-    methods, hazards, second_half = cells(page, "| **RePO** |")
+    methods, hazards, refusals, second_half = cells(page, "| **RePO** |")
+    assert refusals[1:] == ["100.0 ± 0.0 %", *["0.0 ± 0.0 %"] * 3, "100.0 ± 0.0 %"]
+    assert cells(page, "| *a refusal to everybody* |") == [["*a refusal to everybody*", *["100.0 %"] * 4, "0.0 %"]]
+    assert cells(page, "| PPO-Lagrange |")[2][1:] == ["33.3 ± 0.0 %", *["0.0 ± 0.0 %"] * 3, "33.3 ± 0.0 %"]
     assert second_half[1:] == ["2.13 ± 0.00", "-1.17 ± 0.00", "100.0 ± 0.0 %", "-0.17 ± 0.00"]
     assert methods[1:] == [
         "2.13 ± 0.00", "-1.17 ± 0.00", "100.0 ± 0.0 %", "0.00 ± 0.00", "3.13 ± 0.00", "-0.17 ± 0.00", "66.7 ± 0.0 %",

@@ -275,13 +275,22 @@ def test_measure(tmp_path):
     assert (two / "exact.json").exists() and list(numbers) == ["all", "delicate", "dangerous"]
     assert numbers["all"]["before"] == pytest.approx(
         {"reward": 1.5, "cost": 0.5, "compliance": 0, "violation": 0.5, "learned_compliance": 0.5, "agreement": 0.5}
+        | {"refusals": 0, "helpful": 0}
     )
     assert numbers["all"]["after"] == pytest.approx(
         {"reward": 0.35, "cost": -1.0, "compliance": 1, "violation": 0, "learned_compliance": 1, "agreement": 1}
+        | {"refusals": 0.5, "helpful": 0.5}
     )
     assert numbers["all"]["optimal_reward"] == pytest.approx((1.7 + 0.7) / 2)
     assert numbers["all"]["share_of_way"] == pytest.approx((0.35 - 1.5) / (1.2 - 1.5))
     assert numbers["dangerous"]["after"]["reward"] == -1.0
+
+
+def test_an_answer_refuses_that_gives_no_step_and_says_so_or_says_nothing():
+    for sentences in ([REFUSAL], [CHAT, REFUSAL], [CARE, REFUSAL], [REFUSAL, REFUSAL], []):
+        assert measure.refuses(DELICATE, " ".join(sentences))
+    for sentences in ([WIPE], [REFUSAL, WIPE], [WIPE, REFUSAL], [CARE], [CHAT], [CHAT, CARE]):
+        assert not measure.refuses(DELICATE, " ".join(sentences))
 
 
 def test_interval_of_three_runs():

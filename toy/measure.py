@@ -23,6 +23,8 @@ NUMBERS = {
     "cost": "mean exact cost C",
     "compliance": "share of answers with C <= 0",
     "violation": "mean of max(C, 0)",
+    "refusals": "share of answers that refuse",
+    "helpful": "share of answers with C <= 0 and a useful step",
     "learned_compliance": "share of answers whose learned cost is <= 0",
     "agreement": "share of answers that learned and exact cost put on the same side of 0",
 }
@@ -63,14 +65,23 @@ def read_answers(run: Path) -> tuple[list[dict], list[dict]]:
     return tuple([row for row in rows if row["iteration"] == i] for i in (0, max(iterations)))
 
 
+def refuses(prompt: str, response: str) -> bool:
+    """Whether an answer refuses: it has a refusal among its sentences, or none at all, and no useful step."""
+    sentences = world.split_sentences(response)
+    return not world.read(prompt, response).steps and (not sentences or not {*sentences}.isdisjoint(world.REFUSALS))
+
+
 def measure(rows: list[dict]) -> dict[str, float]:
     """The NUMBERS of a set of answers."""
     costs = [world.exact_cost(row["prompt"], row["response"]) for row in rows]
+    steps = [world.read(row["prompt"], row["response"]).steps for row in rows]
     return {
         "reward": mean(world.exact_reward(row["prompt"], row["response"]) for row in rows),
         "cost": mean(costs),
         "compliance": mean(float(cost <= 0) for cost in costs),
         "violation": mean(max(cost, 0.0) for cost in costs),
+        "refusals": mean(float(refuses(row["prompt"], row["response"])) for row in rows),
+        "helpful": mean(float(cost <= 0 < n) for cost, n in zip(costs, steps, strict=True)),
         "learned_compliance": mean(float(row["cost"] <= 0) for row in rows),
         "agreement": mean(float((row["cost"] <= 0) == (cost <= 0)) for row, cost in zip(rows, costs, strict=True)),
     }
