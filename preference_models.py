@@ -8,7 +8,9 @@ A score model reads a prompt x with its response y and gives one number at the l
             sign for each response by itself, which makes zero the border (sign +1 for unsafe, -1 for safe):
             loss = -log σ(C_u - C_s) - log σ(sign_u · C_u) - log σ(sign_s · C_s) + μ · mean(C²)
 
-Source: Safe RLHF (Dai et al., ICLR 2024, arXiv 2310.12773). The data have PKU-SafeRLHF's columns.
+Source: Safe RLHF (Dai et al., ICLR 2024, arXiv 2310.12773).
+
+The data have PKU-SafeRLHF's columns.
 
     python preference_models.py --kind cost                                 # the embedded toy world, on a laptop
     torchrun --nproc_per_node 8 preference_models.py --kind cost --model PKU-Alignment/alpaca-7b-reproduced \
@@ -28,6 +30,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -123,6 +127,10 @@ class Args:
     """processes that share one copy of a model: those of each node (hybrid sharding) or all; the same on one node"""
     track: bool = False
     """also log to Weights & Biases (needs the wandb package)"""
+    push_to_hub: str | None = None
+    """repository of the Hub (namespace/name) that the finished run's model is uploaded to, with its card"""
+    hub_private: bool = True
+    """make that repository private if it is not there yet"""
     trust_remote_code: bool = False
     """run model code that comes with a checkpoint; off, such checkpoints are refused"""
 
@@ -589,6 +597,13 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
 # ======================================================================================================================
 # Runs: their directory, checkpoints, going on
 # ======================================================================================================================
+# Flags that change neither the mathematics nor the random numbers of a run
+MAY_CHANGE = (
+    "output_dir resume save_every eval_every track push_to_hub hub_private micro_batch_size gradient_checkpointing "
+    "cpu_offload shard_over whole_rollout"
+)
+
+
 def find_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
     """The directory of a run, and of one to go on with what save_checkpoint wrote; nothing for a new one.
 
@@ -622,22 +637,27 @@ def find_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
                 elif held[0] == "args.json":
                     advice += ", or go on with the run by --resume"
                 raise UserError(f"--output-dir {folder} holds {state}; {advice}")
-            if args.track and not importlib.util.find_spec("wandb"):
-                raise UserError("--track needs the wandb package: pip install wandb")
+            if args.track:
+                check_tracking()
+            if args.push_to_hub is not None:
+                check_push(args)
     dist.broadcast_object_list(saved)
     if saved[0] is None:
         if dist.get_rank() == 0:
             print(f"the run in {folder} is finished")
+        if args.push_to_hub is not None:  # the upload may be what failed
+            push_models(args, folder)
         shut_down()
         sys.exit(0)
     return folder, saved[0]
 
 
-def open_run(args, folder: Path, saved: dict) -> None:
+def open_run(args, folder: Path, saved: dict):
     """Make the output directory on rank 0, with args.json in it, once nothing can be wrong with the run any more.
 
-    The logs of a run to go on with are cut back to its checkpoint.
+    The logs of a run to go on with are cut back to its checkpoint. Returns the W&B run of --track, None elsewhere.
     """
+    tracker = None
     with agreed():
         if dist.get_rank() == 0:
             try:
@@ -651,10 +671,8 @@ def open_run(args, folder: Path, saved: dict) -> None:
             except OSError as exception:
                 raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
             if args.track:
-                import wandb
-
-                config = dataclasses.asdict(args)
-                wandb.init(project="safe-rlhf", name=folder.name, config=config, sync_tensorboard=True)
+                tracker = start_tracking(args, folder)
+    return tracker
 
 
 def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
@@ -663,7 +681,6 @@ def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
     Flags that the run did not have are refused by name, but for those that change neither the mathematics nor the
     random numbers.
     """
-    may_change = "output_dir resume save_every eval_every track micro_batch_size gradient_checkpointing cpu_offload"
     settings = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples are lists in JSON
     try:
         before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
@@ -674,7 +691,7 @@ def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
             raise UserError(f"--resume: {folder / 'args.json'} is not what a run writes; restore it") from None
         before = settings
         write_json(folder / "args.json", settings)
-    for key in [key for key in before | settings if key not in f"{may_change} shard_over whole_rollout".split()]:
+    for key in [key for key in before | settings if key not in MAY_CHANGE.split()]:
         flag, value, given = f"--{key.replace('_', '-')}", before.get(key), settings.get(key)
         if value != given or (key in before) != (key in settings):
             raise UserError(f"--resume: the run in {folder} has {flag} {value}, not {given}; give the same flags")
@@ -805,11 +822,13 @@ def append_json(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
 
 
-def log_metrics(folder: Path, writer: SummaryWriter, metrics: dict, step: int) -> None:
-    """One line of metrics.jsonl, and the same names as TensorBoard's scalars."""
+def log_metrics(folder: Path, writer: SummaryWriter, tracker, metrics: dict, step: int) -> None:
+    """One line of metrics.jsonl, and the same names as TensorBoard's scalars and, with --track, W&B's."""
     append_json(folder / "metrics.jsonl", [metrics])
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
+    if tracker:
+        tracker.log(metrics, step=step)
 
 
 def my_share(count: int) -> list[int]:
@@ -837,6 +856,220 @@ def global_sum(*values: float, device: torch.device) -> list[float]:
 def clip_gradients(model: nn.Module, max_grad_norm: float) -> float:
     """Clip the gradients of a sharded model to a norm. Returns the norm before, not finite if any gradient is not."""
     return nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
+
+
+# ======================================================================================================================
+# Sharing: model cards, the Hub, Weights & Biases
+# ======================================================================================================================
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name given for a model or a data set is an id of the Hub: a path that exists is a path (`locate`)."""
+    if name is None or os.path.exists(name):
+        return False
+    with contextlib.suppress(huggingface_hub.errors.HFValidationError):
+        huggingface_hub.utils.validate_repo_id(name)
+        return True
+    return False
+
+
+def as_code(value) -> str:
+    """A setting as Markdown's code in a cell of a table; the project's own files by their path in it."""
+    text = value.removeprefix(f"{TOY.parent}{os.sep}") if isinstance(value, str) else json.dumps(value)
+    text = text.replace("\n", "\\n").replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text or text.strip() != text else f"{fence}{text}{fence}"
+
+
+def as_table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def as_figure(value: float | None) -> str:
+    return f"{value:.4g}" if value is not None and math.isfinite(value) else "not finite"
+
+
+def write_card(args, folder: Path, what: str, measured: str, results: dict, dtype, seconds: float, saved: dict) -> None:
+    """Write the card of a saved model, README.md in its folder: YAML for the Hub, then text for people.
+
+    what: what the model is; measured: what the figures are; results: columns of figures by their names; saved: the
+    checkpoint that the run has gone on from, if any. Rank 0 writes. A card that fails is told and ends no run.
+    """
+    if dist.get_rank() != 0:
+        return
+    try:
+        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        heads = ("SequenceClassification", "TokenClassification")
+        head = next((head for head in heads if architecture.endswith(f"For{head}")), "CausalLM")
+        settings = dataclasses.asdict(args)
+        data = [settings.get(flag) for flag in ("dataset", "eval_dataset", "ptx_dataset")]
+        card = huggingface_hub.ModelCardData(  # without a licence: the run does not know it
+            base_model=args.model if is_hub_id(args.model) else None,
+            datasets=list(dict.fromkeys(filter(is_hub_id, data))) or None,
+            library_name="transformers",
+            pipeline_tag="text-generation" if head == "CausalLM" else "text-classification",
+            tags=[Args.exp_name.replace("_", "-"), "rlhf", "safe-rlhf", "safety"],
+        )
+        links = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", __doc__)
+        method, _, sources = re.match(r"(.*)\n\n(Sources?: )(.*?)\n\n", links, re.DOTALL).groups()
+        if head == "CausalLM":
+            use = "It answers a prompt in the template of `--prompt-template`, directly behind it."
+        else:
+            use = "It reads a prompt in the template of `--prompt-template`, a response and EOS; the last score counts."
+        figures = next(iter(results.values()), {})
+        rows = [[name.replace("_", " "), *(as_figure(column[name]) for column in results.values())] for name in figures]
+        kept = {name: value for name, value in settings.items() if value is not None and name not in MAY_CHANGE.split()}
+        flags = [[f"`--{name.replace('_', '-')}`", as_code(value)] for name, value in kept.items()]
+        world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        nodes = f" --nnodes {world // local}" if world > local else ""
+        launcher = f"torchrun{nodes} --nproc_per_node {local}" if "RANK" in os.environ else "python"
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        made = {
+            "seed": args.seed,
+            "computed in": f"{str(dtype).removeprefix('torch.')}, weights in float32",
+            "processes": world,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "wall time": f"{seconds:.0f} s",
+            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"datasets {datasets.__version__}, Python {sys.version.split()[0]}",
+            "finished (UTC)": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        }
+        if saved:
+            made["went on from checkpoint"] = f"{int(Path(saved['checkpoint']).name)}; the time is that of all parts"
+        text = f"""---
+{card.to_yaml()}
+---
+
+# {Path(args.model).name}: {what}
+
+Made from {as_code(args.model)} by `{Path(__file__).name}`. `AutoModelFor{head}` and `AutoTokenizer` load it.
+{use}
+
+## Results
+
+{measured}
+
+{as_table(["", *results], rows) if rows else ""}
+
+## Method
+
+{method}
+
+## Settings
+
+All flags that change the result; one that is not listed was not set.
+
+{as_table(["flag", "value"], flags)}
+
+## How it was made
+
+````bash
+{launcher} {command}
+````
+
+{as_table(["", ""], [[name, str(value)] for name, value in made.items()])}
+
+## Limits
+
+"Safe" means what the cost model says of a response or, where none was used, what the labels of the data say. Where
+these err, this model has learnt the error. The figures above are the run's own, on held-out data like those it learnt
+from; nobody else has judged this model, and it may err, also in harmful ways.
+
+## Licence
+
+None is granted here: that of the base model holds, and those of the data.
+
+## Citation
+
+Please cite the papers of the method: {sources}
+"""
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    except Exception as exception:  # nothing about a card is worth a run
+        reason = " ".join(str(exception).split())
+        print(f"the model card of {folder} could not be written: {reason}", file=sys.stderr, flush=True)
+
+
+def check_push(args) -> None:
+    """Make the repository of --push-to-hub unless it is there, and see that this token may write to it."""
+    flag = f"--push-to-hub {args.push_to_hub}"
+    try:
+        huggingface_hub.utils.validate_repo_id(args.push_to_hub)
+        _, _ = args.push_to_hub.split("/")
+    except ValueError:
+        raise UserError(f"{flag} is not the id of a repository; give namespace/name") from None
+    if huggingface_hub.is_offline_mode():
+        raise UserError(f"{flag}: HF_HUB_OFFLINE is set, and nothing can be pushed; unset it or leave the flag out")
+    if huggingface_hub.get_token() is None:
+        raise UserError(f"{flag} needs a token of the Hub that may write: run hf auth login, or set HF_TOKEN")
+    hub = huggingface_hub.HfApi()
+    try:
+        hub.create_repo(args.push_to_hub, private=args.hub_private, exist_ok=True)
+        hub.auth_check(args.push_to_hub, write=True)  # one that is there may be somebody else's
+    except Exception as exception:  # refused, no network, anything else between here and the Hub
+        raise UserError(f"{flag}: the Hub does not let this token write there: {exception}") from None
+
+
+def push_models(args, folder: Path) -> None:
+    """Upload a finished run's model and its card to the repository of --push-to-hub, mixtures to merged/ in it.
+
+    Rank 0 uploads, the others wait. An upload that fails ends with the command that does it by hand.
+    """
+    with agreed():
+        if dist.get_rank() == 0:
+            for model in [folder / "model", *sorted((folder / "merged").glob("*"))]:
+                place = "." if model.name == "model" else f"merged/{model.name}"
+                message = f"Upload {model.name} of {folder.name}"
+                try:
+                    huggingface_hub.HfApi().upload_folder(
+                        repo_id=args.push_to_hub,
+                        folder_path=model,
+                        path_in_repo=place.removeprefix("."),
+                        commit_message=message,
+                    )
+                except Exception as exception:
+                    raise UserError(
+                        f"--push-to-hub {args.push_to_hub}: the run is finished and its model is in {model}, but the "
+                        f"upload failed: {exception}; by hand: hf upload {args.push_to_hub} {model} {place}"
+                    ) from None
+            print(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.push_to_hub}")
+
+
+def check_tracking() -> None:
+    """Refuse --track without its package, or online without a key, before there is anything to track."""
+    if not importlib.util.find_spec("wandb"):
+        raise UserError("--track needs the wandb package: pip install wandb")
+    import wandb
+
+    try:
+        ready = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
+    except wandb.errors.Error as exception:
+        raise UserError(f"--track: the key of Weights & Biases cannot be used: {exception}") from None
+    if not ready:
+        raise UserError("--track: no key of Weights & Biases; run wandb login, or set WANDB_MODE=offline")
+
+
+def start_tracking(args, folder: Path):
+    """The W&B run of this run, which keeps its id in wandb_id, so that --resume goes on in the same one.
+
+    Where no server answers, W&B keeps everything on disk, for wandb sync, and the training does not wait.
+    """
+    import wandb
+
+    kept = folder / "wandb_id"
+    settings = dict(
+        project=os.environ.get("WANDB_PROJECT", "safe-rlhf"),
+        name=folder.name,
+        id=kept.read_text(encoding="utf-8").strip() if kept.exists() else None,
+        resume="allow",
+        config=dataclasses.asdict(args),
+        settings=wandb.Settings(finish_timeout=300),  # a server that is lost must not hold the end, either
+    )
+    try:
+        run = wandb.init(**settings)
+    except wandb.errors.Error as exception:
+        print(f"--track: W&B cannot be reached and goes offline: {exception}", file=sys.stderr, flush=True)
+        wandb.teardown()  # it would hold the id
+        run = wandb.init(**settings, mode="offline")
+    kept.write_text(f"{run.id}\n", encoding="utf-8")
+    return run
 
 
 # ======================================================================================================================
@@ -995,7 +1228,7 @@ def main(device: torch.device, mesh) -> None:
     shard(model.train(), mesh, dtype)
     if args.gradient_checkpointing:
         recompute_activations(model.model)
-    open_run(args, folder, saved)
+    tracker = open_run(args, folder, saved)
     group = {"params": list(model.parameters()), "initial_lr": args.learning_rate}
     optimizer = torch.optim.AdamW(
         [group], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
@@ -1061,7 +1294,7 @@ def main(device: torch.device, mesh) -> None:
                 result, rows = evaluate(args, model, eval_pairs, tokenizer.pad_token_id, device)
                 metrics |= {f"eval_{name}": value for name, value in result.items()}
             if rank == 0:
-                log_metrics(folder, writer, metrics, step)
+                log_metrics(folder, writer, tracker, metrics, step)
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", pair_accuracy=f"{metrics['pair_accuracy']:.3f}")
                 bar.update()
             if step < steps and (stopped or (args.save_every and step % args.save_every == 0)):
@@ -1091,12 +1324,22 @@ def main(device: torch.device, mesh) -> None:
             "eval_pairs": len(eval_pairs),
             "eval": result,
         }
+        measured = (
+            f"On {len(eval_pairs)} held-out pairs of `--eval-dataset`: mean loss, share of pairs in the right order, "
+            "mean score, and for a cost model the share of responses whose score has the sign of their label."
+        )
+        what = f"{args.kind} model"
+        write_card(args, folder / "model", what, measured, {"held-out pairs": result}, dtype, seconds, saved)
         write_json(folder / "summary.json", summary)
         writer.close()
+        if tracker:
+            tracker.finish()
         accuracy = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
         print(f"{args.kind} model on {len(eval_pairs)} held-out pairs: {accuracy}\nwritten to {folder}")
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if args.push_to_hub is not None:
+        push_models(args, folder)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_a_run_writes_its_files(preference_runs, kind):
     names = {path.name for path in folder.iterdir()}
     assert names >= {"args.json", "metrics.jsonl", "eval.jsonl", "summary.json", "model", "tensorboard"}
     assert not [name for name in names if name.endswith(".part")]
-    assert {path.suffix for path in (folder / "model").iterdir()} <= {".json", ".safetensors"}
+    assert {path.suffix for path in (folder / "model").iterdir()} <= {".json", ".safetensors", ".md"}
     args = json.loads((folder / "args.json").read_text())
     assert args["kind"] == kind and set(args) == set(preference_models.Args.__dataclass_fields__)
     metrics = read_lines(folder / "metrics.jsonl")

@@ -103,7 +103,7 @@ def test_every_response_has_random_numbers_of_its_own(run, tmp_path):
 
 
 def test_the_model_loads_and_has_learnt(repo_run, files):
-    assert {path.suffix for path in (repo_run / "model").iterdir()} <= {".json", ".safetensors"}
+    assert {path.suffix for path in (repo_run / "model").iterdir()} <= {".json", ".safetensors", ".md"}
     model, info = AutoModelForCausalLM.from_pretrained(repo_run / "model", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     start, end = AutoModelForCausalLM.from_pretrained(files.policy).state_dict(), model.state_dict()

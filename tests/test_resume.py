@@ -82,6 +82,11 @@ def cut_off(run, name, folder, step, function="clip_gradients", **flags):
         run(script, **(dict(output_dir=folder, save_every=2) | settings | flags))
 
 
+def model_files(folder):
+    """The files of a run's model but its card, which tells the command and the time."""
+    return {name: content for name, content in contents(folder / "model").items() if name != "README.md"}
+
+
 def resume(run, name, folder, **flags):
     script, settings = RUNS[name]
     return run(script, output_dir=folder, **(dict(save_every=2, resume=True) | settings | flags))
@@ -157,7 +162,7 @@ def test_large_checkpoints_come_in_several_files(run, whole, tmp_path):
         cut_off(run, "repo", tmp_path / "run", 8)
     assert len(list((tmp_path / "run" / "checkpoints" / "00000002").glob("*.safetensors"))) > 2
     assert resume(run, "repo", tmp_path / "run").code == 0
-    assert contents(whole("repo") / "model") == contents(tmp_path / "run" / "model")
+    assert model_files(whole("repo")) == model_files(tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "zeros", "absent", "no state", "torn state", "other state"])
@@ -387,7 +392,7 @@ def test_sigterm_after_the_last_step_lets_the_run_end(run, whole, tmp_path, name
         assert outcome.code == 143 and "of stage 2" in outcome.err
         outcome = resume(run, name, tmp_path / "run")
     assert outcome.code == 0, outcome.err
-    assert contents(whole(name) / "model") == contents(tmp_path / "run" / "model")
+    assert model_files(whole(name)) == model_files(tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

@@ -548,7 +548,7 @@ def test_a_run_writes_its_files(runs, name):
     assert {path.name for path in (folder / "merged").iterdir()} == {f"q{q}" for q in ORDERS[name]["merge_q"]}
     assert os.readlink(folder / "model") == "stage2"
     for path in (folder / "model", folder / "stage1", *(folder / "merged").iterdir()):
-        assert {file.suffix for file in path.iterdir()} <= {".json", ".safetensors"}
+        assert {file.suffix for file in path.iterdir()} <= {".json", ".safetensors", ".md"}
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert all(value.dtype == torch.float32 and value.isfinite().all() for value in model.parameters())
