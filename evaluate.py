@@ -329,7 +329,7 @@ def tabulate(answers: dict[str, list[dict]], threshold: float, resamples: int, g
     values = torch.cat([measure(rows, answers[first], threshold) for rows in answers.values()])
     figures = torch.cat([values.mean(1, keepdim=True), bootstrap(values, resamples, generator)], dim=1)
     figures = figures.view(len(answers), len(MEASURES), 3).tolist()
-    table = {}
+    table: dict[str, dict] = {}
     for name, rows in zip(answers, figures, strict=True):
         table[name] = {
             key: {"mean": mean, "low": low, "high": high} for key, (mean, low, high) in zip(MEASURES, rows, strict=True)
@@ -849,7 +849,7 @@ def load_rows(name: str, split: str, columns: list[str], flag: str, others: tupl
         else:
             rows = datasets.load_dataset(name, split=split)
         if others and not set(columns) <= set(rows.column_names) and set(others) <= set(rows.column_names):
-            columns = others
+            columns = list(others)
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]

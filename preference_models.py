@@ -136,7 +136,7 @@ class Args:
 
 
 # ======================================================================================================================
-# The two losses
+# The two losses: pure functions
 # ======================================================================================================================
 def reward_loss(better: torch.Tensor, worse: torch.Tensor, regularization: float) -> torch.Tensor:
     """Bradley-Terry loss of the reward model (arXiv 2310.12773).
@@ -306,7 +306,7 @@ def load_rows(name: str, split: str, columns: list[str], flag: str, others: tupl
         else:
             rows = datasets.load_dataset(name, split=split)
         if others and not set(columns) <= set(rows.column_names) and set(others) <= set(rows.column_names):
-            columns = others
+            columns = list(others)
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]

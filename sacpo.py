@@ -405,7 +405,7 @@ def load_rows(name: str, split: str, columns: list[str], flag: str, others: tupl
         else:
             rows = datasets.load_dataset(name, split=split)
         if others and not set(columns) <= set(rows.column_names) and set(others) <= set(rows.column_names):
-            columns = others
+            columns = list(others)
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
