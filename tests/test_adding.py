@@ -1,10 +1,15 @@
-"""docs/adding_an_algorithm.md, done: copy a script, apply the page's patch, hold the result to the tests it names."""
+"""docs/adding_an_algorithm.md, done: copy a script, apply the page's patch, hold the result to the tests it names.
+
+Where ppo_lagrange.py has changed around the patch, `PYTHONPATH=. python tests/test_adding.py` fits the page's
+patch to it again.
+"""
 
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +18,9 @@ from helpers import ROOT, command, read_lines, read_summary, run_main
 
 import ppo_lagrange
 
-PAGE = (ROOT / "docs" / "adding_an_algorithm.md").read_text(encoding="utf-8")
+PLACE = ROOT / "docs" / "adding_an_algorithm.md"
+PAGE = PLACE.read_text(encoding="utf-8")
+PATCH = re.search(r"```diff\n(.*?)```", PAGE, re.DOTALL)[1]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +29,7 @@ def added(tmp_path_factory, processes, defaults):
     folder = tmp_path_factory.mktemp("adding")
     path = folder / "ppo_pi.py"
     shutil.copy(ROOT / "ppo_lagrange.py", path)
-    (folder / "pi.diff").write_text(re.search(r"```diff\n(.*?)```", PAGE, re.DOTALL)[1], encoding="utf-8")
+    (folder / "pi.diff").write_text(PATCH, encoding="utf-8")
     applied = subprocess.run(["git", "apply", "pi.diff"], cwd=folder, capture_output=True, text=True)
     assert applied.returncode == 0, f"the page's patch does not fit ppo_lagrange.py any more: {applied.stderr}"
     spec = importlib.util.spec_from_file_location("ppo_pi", path)
@@ -97,3 +104,12 @@ def test_the_page_names_what_there_is():
         assert re.search(rf"^\s*(def )?{name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), name
     assert not (ROOT / "ppo_pi.py").exists()
     assert "INTENDED" in vars(test_copies) and "control_multiplier" not in vars(ppo_lagrange)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        script = shutil.copy(ROOT / "ppo_lagrange.py", folder)
+        subprocess.run(["patch", "--fuzz", "3", script], input=PATCH, text=True, check=True)
+        words = ["-U", "1", "--label", "a/ppo_pi.py", "--label", "b/ppo_pi.py", ROOT / "ppo_lagrange.py", script]
+        fitted = subprocess.run(["diff", *words], capture_output=True, text=True).stdout
+    PLACE.write_text(PAGE.replace(PATCH, fitted), encoding="utf-8")

@@ -62,6 +62,7 @@ def test_the_diff_of_repo_and_ppo_lagrange_is_short():
     changed = [line for line in difflib.ndiff(one, other) if line.startswith(("- ", "+ "))]
     print(f"diff repo.py ppo_lagrange.py: {len(changed)} lines")
     assert 0 < len(changed) <= 60, "\n".join(changed)
+    assert f"\n{len(changed)} lines, heads included" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_repo_and_ppo_lagrange_share_all_but_their_main():
