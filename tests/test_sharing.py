@@ -39,7 +39,7 @@ TOKEN, READER = "hf_thetokenthatmaywrite", "hf_thetokenthatonlyreads"
 
 
 class Writable(Hub):
-    """A Hub with repositories below a folder; `fail` is the path that it answers with 500, `visible` what was asked."""
+    """A Hub with repositories below a folder; `fail` is the part of a path that it answers with 500."""
 
     def __init__(self, folder: Path):
         super().__init__({})
@@ -151,7 +151,8 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def offline_wandb(tmp_path, monkeypatch):
     """Folder of W&B's offline runs; nothing of this machine's settings or keys is seen."""
-    wandb = pytest.importorskip("wandb") if "CI" not in os.environ else __import__("wandb")
+    import wandb
+
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     values = dict(WANDB_DIR=tmp_path, WANDB_MODE="offline", WANDB_CONSOLE="off", WANDB_SILENT="true", HOME=tmp_path)
@@ -219,15 +220,6 @@ def test_the_cards_of_the_policies(repo_run, lagrange_run, files):
         assert f"torch {torch.__version__}" in card.text and "went on from checkpoint" not in card.text
         assert f"{summary['wall_seconds']:.0f} s" == cells(card, "wall time")[0]
     assert "{C - d}^+" in read_card(repo_run / "model").text.partition("## Method")[2]
-
-
-def test_the_cards_of_the_score_models(preference_runs):
-    for kind, folder in preference_runs.items():
-        card, result = read_card(folder / "model"), read_summary(folder)["eval"]
-        assert card.data.pipeline_tag == "text-classification" and f": {kind} model\n" in card.text
-        assert "`AutoModelForSequenceClassification`" in card.text
-        assert cells(card, "pair accuracy") == [f"{result['pair_accuracy']:.4g}"]
-        assert ("sign accuracy" in card.text) == (kind == "cost")
 
 
 def test_ids_of_the_hub_are_named_and_paths_are_not(tmp_path, monkeypatch):
@@ -403,13 +395,20 @@ def test_sacpo_pushes_its_last_stage_and_its_mixtures(processes, defaults, hub, 
     assert "P-SACPO, 0.5 of stage 1 and 0.5 of stage 2" in read_card(tmp_path / "run/merged/q0.5").text
 
 
-def test_pushing_by_the_libraries_default_way(run, hub, tmp_path, monkeypatch):
+def test_a_score_model_is_pushed_by_the_librarys_default_way(run, files, hub, tmp_path, monkeypatch):
     """With hf_xet, as it is installed: commits in batches. (A server of xet itself is out of reach: all is small.)"""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
     hub.large = False
-    outcome = run(preference_models, output_dir=tmp_path / "run", push_to_hub="me/reward")
-    assert outcome.code == 0 and not hub.lfs, outcome.err
-    assert contents(hub.folder / "me" / "reward") == contents(tmp_path / "run" / "model")
+    for kind, model, head in (("reward", files.policy, "Sequence"), ("cost", files.cost, "Token")):  # has a bias
+        folder = tmp_path / kind
+        outcome = run(preference_models, kind=kind, model=model, output_dir=folder, push_to_hub=f"me/{kind}")
+        assert outcome.code == 0 and not hub.lfs, outcome.err
+        assert contents(hub.folder / "me" / kind) == contents(folder / "model")
+        card, result = read_card(folder / "model"), read_summary(folder)["eval"]
+        assert card.data.pipeline_tag == "text-classification" and f": {kind} model\n" in card.text
+        assert f"`AutoModelFor{head}Classification`" in card.text
+        assert cells(card, "pair accuracy") == [f"{result['pair_accuracy']:.4g}"]
+        assert ("\n| sign accuracy |" in card.text) == (kind == "cost")
 
 
 # ---- W&B
