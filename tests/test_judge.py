@@ -282,7 +282,7 @@ def test_requests_at_a_time_are_limited(judge, serve):
         return scores(5, 5)
 
     server = serve(slowly)
-    assert judge(server.url, concurrency=3).code == 0
+    assert judge(server.url, concurrency=3, limit=4).code == 0
     assert server.most == 3
 
 
@@ -292,11 +292,11 @@ def test_two_files_and_the_choice_of_models(judge, serve, out, tmp_path):
     write_answers(tmp_path / "two" / "responses.jsonl", {"repo": MODELS["repo"], "other": MODELS["sft"]})
     words = ("--responses", one, tmp_path / "two", "--models", "ppo", "repo")
     server = serve(exact_scores)
-    assert judge(server.url, *words, base="repo").code == 0
-    assert sorted(keys(out)) == sorted(all_keys([("repo", "ppo")]))
+    assert judge(server.url, *words, base="repo", limit=4).code == 0
+    assert sorted(keys(out)) == sorted(all_keys([("repo", "ppo")], range(4)))
     assert list(results(out)["criteria"]["helpfulness"]["models"]) == ["repo", "ppo"]
-    assert judge(server.url, *words[:3]).code == 0  # goes on with all models of both files
-    assert len(keys(out)) == len(set(keys(out))) == 48 * 4
+    assert judge(server.url, *words[:3], limit=4).code == 0  # goes on with all models of both files
+    assert len(keys(out)) == len(set(keys(out))) == 16 * 4
     assert list(results(out)["criteria"]["helpfulness"]["models"]) == ["sft", "ppo", "repo", "other"]
     row = results(out)["criteria"]["harmlessness"]["models"]["other"]
     assert row["ties"]["mean"] == 1 and row["elo"]["mean"] == pytest.approx(1000)
@@ -373,75 +373,68 @@ def test_transformers_server(judge, out, tmp_path):
 # ---- Faults
 
 
-@pytest.fixture
-def faulty(judge, serve):
-    """faulty(fault, *words, **flags): judge against an endpoint whose first answers after the check are faults; the
-    others are exact. fault: number among the faults to what is replied, until it gives None."""
+FAULTS = {
+    "rate limit": (429, {"Retry-After": "1"}, "slow down"),
+    "server error": (500, {}, "oh no"),
+    "unavailable": (503, {"Content-Type": "text/html"}, "<html>"),
+    "dropped connection": "drop",
+    "dropped answer": "cut",
+}
+UNREADABLE = {
+    "nonsense": "I like the first one better, 7 steps against 3.",
+    "half a character": "nothing \ud800",
+    "empty": "",
+    "null": None,
+    "no choices": b"{}",
+    "no choice": b'{"choices": [], "usage": 3}',
+    "no JSON": b"<html>",
+    "broken JSON": b'"',
+    "another type": b"[1]",
+}
 
-    def faulty(fault, count=1, **flags):
-        def reply(text, number):
-            return fault if 1 < number <= 1 + count else exact_scores(text)
 
-        server = serve(reply)
-        outcome = judge(server.url, **dict(limit=1, concurrency=1) | flags)
-        return outcome, server
+def test_requests_that_fail_once_are_sent_again(judge, serve, out):
+    """All at once, after the check; the one that met the rate limit not before it is asked to."""
 
-    return faulty
+    def reply(text, number):
+        return [*FAULTS.values()][number - 2] if 2 <= number <= 6 else exact_scores(text)
 
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        (429, {"Retry-After": "1"}, "slow down"),
-        (500, {}, "oh no"),
-        (503, {"Content-Type": "text/html"}, "<html>"),
-        "drop",
-        "cut",
-    ],
-    ids=["rate limit", "server error", "unavailable", "dropped connection", "dropped answer"],
-)
-def test_requests_that_fail_once_are_sent_again(faulty, out, fault):
-    outcome, server = faulty(fault)
+    server = serve(reply)
+    outcome = judge(server.url, limit=1, concurrency=5)
     assert outcome.code == 0, outcome
     rows = read_lines(out / "verdicts.jsonl")
-    assert all(row["scores"] and row["attempts"] == 1 and row["error"] is None for row in rows)
-    assert len(rows) == 8 and len(server.requests) == 10  # with the check and the one that failed
-    waited = server.requests[2][0] - server.requests[1][0]
-    assert waited > (1.0 if fault[0] == 429 else 0.3)
-    assert server.requests[1][2] == server.requests[2][2]
+    assert len(rows) == 8 and all(row["scores"] and row["attempts"] == 1 and row["error"] is None for row in rows)
+    assert len(server.requests) == 1 + 5 + 8
+    for number, name in enumerate(FAULTS, start=1):
+        when, _, body = server.requests[number]
+        again = [later for later, _, other in server.requests[6:] if other == body]
+        assert len(again) == 1 and again[0] - when > (1.0 if name == "rate limit" else 0.3), name
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "I like the first one better, 7 steps against 3.",
-        "half a character: \ud800",
-        "",
-        None,
-        b"{}",
-        b'{"choices": [], "usage": 3}',
-        b"<html>",
-        b'"',
-        b"[1]",
-    ],
-    ids=["nonsense", "surrogate", "empty", "null", "no choices", "no choice", "no JSON", "broken JSON", "another type"],
-)
-def test_unreadable_verdicts_are_asked_for_again(faulty, out, fault):
+def test_unreadable_verdicts_are_asked_for_again(judge, serve, out):
     """In other words and with another seed, since a judge at temperature zero would repeat itself."""
-    outcome, server = faulty(fault, seed=5)
+
+    def reply(text, number):  # after the check each second reply is of no use, while there are such
+        place = number // 2 - 1
+        return [*UNREADABLE.values()][place] if number % 2 == 0 and place < len(UNREADABLE) else exact_scores(text)
+
+    server = serve(reply)
+    outcome = judge(server.url, limit=2, concurrency=1, seed=5)
     assert outcome.code == 0, outcome
     rows = read_lines(out / "verdicts.jsonl")
-    assert [row["attempts"] for row in rows] == [2] + [1] * 7 and all(row["scores"] for row in rows)
-    first, second = (request[2] for request in server.requests[1:3])
-    assert second["seed"] == first["seed"] + 1 == 6
-    assert second["messages"][0]["content"] == first["messages"][0]["content"] + evaluate.REMINDER
-    if not isinstance(fault, bytes):
-        assert (rows[0]["tokens_in"], rows[0]["tokens_out"]) == (200, 14)
+    assert [row["attempts"] for row in rows] == [2] * 9 + [1] * 7 and all(row["scores"] for row in rows)
+    for place, (name, fault) in enumerate(UNREADABLE.items()):
+        first, second = (request[2] for request in server.requests[1 + 2 * place : 3 + 2 * place])
+        assert second["seed"] == first["seed"] + 1 == 6, name
+        assert second["messages"][0]["content"] == first["messages"][0]["content"] + evaluate.REMINDER
+        expected = (100, 7) if isinstance(fault, bytes) else (200, 14)
+        assert (rows[place]["tokens_in"], rows[place]["tokens_out"]) == expected, name
 
 
-def test_verdicts_that_stay_unreadable_are_excluded_and_counted(faulty, out):
+def test_verdicts_that_stay_unreadable_are_excluded_and_counted(judge, serve, out):
     """One order of one pair: the whole pair is out, of the rates and of Elo, and of what is left nothing changes."""
-    outcome, _ = faulty("7 is what I think", count=3, limit=2)
+    server = serve(lambda text, number: "7 is what I think" if 2 <= number <= 4 else exact_scores(text))
+    outcome = judge(server.url, limit=2, concurrency=1)
     assert outcome.code == 0, outcome
     rows = read_lines(out / "verdicts.jsonl")
     assert rows[0]["scores"] is None and rows[0]["attempts"] == 3 and rows[0]["reply"] == "7 is what I think"
@@ -537,8 +530,10 @@ def test_slow_answers_time_out(judge, serve, out):
             time.sleep(1.5)
         return exact_scores(text)
 
-    outcome = judge(serve(reply).url, limit=1, concurrency=1, timeout=0.5)
+    server = serve(reply)
+    outcome = judge(server.url, limit=1, concurrency=1, timeout=0.5)
     assert outcome.code == 0 and all(row["scores"] for row in read_lines(out / "verdicts.jsonl"))
+    assert server.requests[1][2] == server.requests[2][2]
 
 
 # ---- The key
@@ -578,57 +573,63 @@ def test_a_server_of_ones_own_needs_no_key(judge, serve, monkeypatch):
 # ---- Going on
 
 
-def test_a_run_that_was_killed_goes_on(serve, judge, responses, out, monkeypatch):
-    """SIGKILL while requests are open, and the last line torn: no verdict is missing and none is there twice."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+def stalling(full: int, workers: int, then=lambda: None):
+    """(reply, event): an endpoint that answers the check and `full` questions, and then lets all workers wait."""
+    go_on = threading.Event()
 
-    def slowly(text, number):
-        time.sleep(0.02)
+    def reply(text, number):
+        if number > 1 + full:
+            if number == 1 + full + workers:
+                then()
+            go_on.wait(60)
         return exact_scores(text)
 
-    server = serve(slowly)
+    return reply, go_on
+
+
+def test_a_run_that_was_killed_goes_on(serve, judge, responses, out):
+    """SIGKILL while requests are open, and the last line torn: no verdict is missing and none is there twice."""
+    reply, go_on = stalling(30, workers=4)
+    server = serve(reply)
     flags = command(base_url=server.url, judge_model="oracle", output_dir=out, concurrency=4, bootstrap_resamples=50)
     process = start([ROOT / "evaluate.py", "judge", "--responses", responses, *flags])
-    kills.wait_until(lambda: len(server.requests) > 30, process)
+    kills.wait_until(lambda: len(server.requests) == 35, process)
+    assert process.poll() is None, finish(process)
     kills.kill(process)
-    with (out / "verdicts.jsonl").open("rb+") as file:
-        file.truncate(len(file.read()) - 25)
+    go_on.set()
     before = (out / "verdicts.jsonl").read_bytes()
-    whole = before[: before.rindex(b"\n") + 1]
-    done = whole.count(b"\n")
-    assert 20 < done < 60 and not (out / "judge.json").exists()
-    asked_before = len(server.requests)
+    (out / "verdicts.jsonl").write_bytes(before[:-25])
+    whole = before[: before.rindex(b"\n", 0, -1) + 1]
+    assert whole.count(b"\n") == 29 and not (out / "judge.json").exists()
     outcome = judge(server.url, concurrency=4)
     assert outcome.code == 0, outcome
     assert (out / "verdicts.jsonl").read_bytes().startswith(whole)
     assert sorted(keys(out)) == sorted(all_keys(AGAINST_SFT))
-    assert len(server.requests) - asked_before == 96 - done + 1  # the missing ones and the check
-    asked_before = len(server.requests)
+    assert len(server.requests) == 35 + 1 + 96 - 29  # the check and the missing ones
     first = contents(out)
-    again = judge(server.url)
-    assert again.code == 0 and len(server.requests) == asked_before  # nothing is missing: no request at all
-    assert {name: contents(out)[name] for name in ("verdicts.jsonl", "judge.json")} == {
-        name: first[name] for name in ("verdicts.jsonl", "judge.json")
-    }
-    whole_run = judge(server.url, output_dir=out / "whole")
-    assert whole_run.code == 0 and (out / "whole" / "judge.json").read_bytes() == first["judge.json"]
+    assert judge(server.url).code == 0 and len(server.requests) == 35 + 1 + 96 - 29  # nothing is missing: no request
+    assert all(contents(out)[name] == first[name] for name in ("verdicts.jsonl", "judge.json"))
+    assert judge(server.url, output_dir=out / "whole").code == 0
+    assert (out / "whole" / "judge.json").read_bytes() == first["judge.json"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_signals_leave_whole_lines(judge, serve, out, number):
-    def reply(text, count):
-        if count == 20:
-            os.kill(os.getpid(), number)
-            time.sleep(0.2)
-        return exact_scores(text)
-
+    reply, go_on = stalling(18, workers=3, then=lambda: os.kill(os.getpid(), number))
     outcome = judge(serve(reply).url, concurrency=3)
-    assert outcome.code == 128 + number and "the same command goes on" in outcome.err
-    rows = read_lines(out / "verdicts.jsonl")
-    assert 14 <= len(rows) <= 24 and f"stopped with {len(rows)} verdicts" in outcome.err
-    assert not (out / "judge.json").exists()
+    go_on.set()
+    assert outcome.code == 128 + number
+    assert f"stopped with 18 verdicts in {out}; the same command goes on" in outcome.err
+    assert len(keys(out)) == 18 and not (out / "judge.json").exists()
     assert judge(serve(exact_scores).url).code == 0
     assert sorted(keys(out)) == sorted(all_keys(AGAINST_SFT))
+
+
+def test_signals_stop_the_check(judge, serve, out):
+    reply, go_on = stalling(-1, workers=1, then=lambda: os.kill(os.getpid(), signal.SIGINT))
+    outcome = judge(serve(reply).url)
+    go_on.set()
+    assert outcome.code == 128 + signal.SIGINT and "stopped with 0 verdicts" in outcome.err and not out.exists()
 
 
 def test_more_prompts_more_models_and_other_addresses_go_on(judge, serve, out):
