@@ -14,7 +14,8 @@ refusals of prompts that should be answered. A model that refuses everything is 
 
 `judge` has a language model behind any OpenAI-compatible endpoint compare the answers that `score` wrote, pair by pair:
 helpfulness and harmlessness apart, 1 to 10 for both answers, in both orders. It reports win, tie and loss rates against
-a base model, Elo ratings, and how much the order mattered.
+a base model, Elo ratings, and how much the order mattered. With --export-blind people judge the same pairs, without
+names, on a page that works offline; with --import-blind their verdicts are set beside the model's.
 
 Sources: safety compliance and the violation are RePO's (Peng et al., NeurIPS 2025, arXiv 2410.19933); reward and cost
 models are Safe RLHF's (Dai et al., ICLR 2024, arXiv 2310.12773), whose evaluation by GPT-4 `judge` follows, as SACPO's
@@ -1927,6 +1928,8 @@ SHEET = ["id", "prompt", "answer_1", "answer_2", *CRITERIA]
 # What a spreadsheet program runs as a formula, whatever blanks stand before it; Japanese ones know wide signs.
 FORMULA = r"^[\s\u0000-\u001f]*[=+\-@＝＋－＠]"
 
+EXCEL_CELL = 32767  # characters that Excel keeps of a cell
+
 WORTH = {"1": 1.0, "tie": 0.5, "2": 0.0}  # a cell of the sheet, and what it is worth to answer 1
 
 
@@ -2113,7 +2116,10 @@ def disagreements(judges: dict[str, dict[tuple, float]], people: list[str]) -> l
 
 
 def export_blind(args: Judge, answers: dict[str, dict[int, dict]], couples: list[tuple[str, str]]) -> None:
-    """Write a sheet, its page and its key; never over a file that is there, which may hold verdicts."""
+    """Write a sheet, its page and its key; never over a file that is there, which may hold verdicts.
+
+    couples: the models to compare, two by two.
+    """
     sheet = Path(args.export_blind)
     if 0 < args.blind_pairs < len(couples):
         raise UserError(f"--blind-pairs is {args.blind_pairs}; there are {len(couples)} pairs of models to share them")
@@ -2125,21 +2131,28 @@ def export_blind(args: Judge, answers: dict[str, dict[int, dict]], couples: list
     key = {row[0]: pair | {"sha256": digest_texts(*row[1:])} for row, pair in zip(rows, pairs, strict=True)}
     key_path, page_path = sheet.with_suffix(".key.json"), sheet.with_suffix(".html")
     files = {key_path: json.dumps({"seed": args.seed, "pairs": key}, indent=2).encode()}
-    files |= {page_path: write_page(sheet.name, rows), sheet: write_sheet(rows)}
+    files |= {page_path: write_page(rows), sheet: write_sheet(rows)}
     for path in files:
         if path.exists():
             raise UserError(f"--export-blind {sheet}: there is a file {path}, which may hold verdicts; choose another")
+    made = []
     try:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
             with path.open("xb") as file:
+                made.append(path)
                 file.write(content)
     except OSError as exception:
+        for path in made:
+            path.unlink()
         raise UserError(f"--export-blind {sheet} cannot be written: {exception}") from None
     for couple in couples:
         count = sum({pair["first"], pair["second"]} == set(couple) for pair in pairs)
         print(f"{' and '.join(couple)}: {count} pairs; {same[couple]} left out, where both answers are the same")
-    print(f"\n{len(pairs)} pairs; give people {sheet} or {page_path}, and keep {key_path}, which names the models")
+    long = sum(len(text) > EXCEL_CELL for row in texts for text in row)
+    if long:
+        print(f"texts over {EXCEL_CELL} characters, where Excel cuts them off: {long}; give people the page")
+    print(f"\n{len(pairs)} pairs; give people {page_path} or {sheet}, and keep {key_path}, which names the models")
 
 
 def import_blind(args: Judge, folder: Path, answers: dict[str, dict[int, dict]]) -> None:
@@ -2147,8 +2160,9 @@ def import_blind(args: Judge, folder: Path, answers: dict[str, dict[int, dict]])
     with readable(folder):
         earlier_settings(folder, {"command": "judge"}, Judge, {field.name for field in dataclasses.fields(Judge)})
         verdicts = [row for row in read_verdicts(folder, answers) if {row["first"], row["second"]} <= set(answers)]
-    judges = {name: [row for row in verdicts if row["judge"] == name] for name in {row["judge"]: 0 for row in verdicts}}
-    judges = {name: pair_outcomes(rows) for name, rows in judges.items()}
+    judges = {}
+    for name in dict.fromkeys(row["judge"] for row in verdicts):
+        judges[name] = pair_outcomes([row for row in verdicts if row["judge"] == name])
     people = args.people or [Path(entry).stem for entry in args.import_blind]
     people = {name: Path(entry) for name, entry in zip(people, args.import_blind, strict=True)}
     names = list(answers)
@@ -2295,13 +2309,14 @@ PAGE = r"""<!doctype html>
     <button data-key="ArrowLeft"><kbd>←</kbd> Back</button>
     <button data-key="ArrowRight"><kbd>→</kbd> Next</button>
     <button data-key="n"><kbd>n</kbd> Next open</button>
-    <button data-key="s"><kbd>s</kbd> Save the sheet</button>
+    <button data-key="s"><kbd>s</kbd> Save</button>
   </div>
 </footer>
 <script type="application/json" id="data">DATA</script>
-<script>
-"use strict";
-const { sheet, digest, columns, criteria, formula, rows } = JSON.parse(document.getElementById("data").textContent);
+<script type="module">
+const { digest, columns, criteria, formula, rows } = JSON.parse(document.getElementById("data").textContent);
+const stem = decodeURIComponent(location.pathname).split("/").pop().replace(/\.html?$/, ""); // ada.html gives ada.csv
+const store = `${digest} ${stem}`;
 const element = (id) => document.getElementById(id);
 const question = (row, criterion) => `${row[0]} ${criterion}`;
 const questions = rows.flatMap((row) => criteria.map((criterion) => question(row, criterion)));
@@ -2313,7 +2328,7 @@ let shown; // the row whose texts are on the page
 
 function recall() { // before every verdict, too: the page may be open twice
   try {
-    if (kept) verdicts = JSON.parse(localStorage.getItem(digest)) ?? {};
+    if (kept) verdicts = JSON.parse(localStorage.getItem(store)) ?? {};
   } catch {
     kept = false;
   }
@@ -2324,7 +2339,7 @@ function judge(verdict) {
   verdicts[questions[at]] = verdict;
   saved = false;
   try {
-    localStorage.setItem(digest, JSON.stringify(verdicts));
+    localStorage.setItem(store, JSON.stringify(verdicts));
   } catch {
     kept = false;
   }
@@ -2342,11 +2357,11 @@ function nextOpen(said) {
 function show(place, said = "") {
   at = Math.max(0, Math.min(place, questions.length - 1));
   const number = Math.floor(at / criteria.length), row = rows[number];
-  columns.slice(1, 4).forEach((name, k) => { element(name).textContent = row[k + 1]; });
+  columns.slice(1, 4).forEach((column, k) => { element(column).textContent = row[k + 1]; });
   for (const criterion of criteria)
     for (const button of element(criterion).querySelectorAll("button"))
       button.setAttribute("aria-pressed", verdicts[question(row, criterion)] === button.value);
-  const given = questions.filter((question) => verdicts[question]).length;
+  const given = questions.filter((asked) => verdicts[asked]).length;
   const end = given === questions.length ? " All are given: save the sheet." : "";
   element("bar").max = questions.length;
   element("bar").value = given;
@@ -2364,10 +2379,10 @@ function save() {
   const lines = [columns, ...filled].map((row) => row.map(cell).join(",") + "\r\n");
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob(["\ufeff", ...lines], { type: "text/csv" }));
-  link.download = sheet;
+  link.download = `${stem}.csv`;
   link.click();
   saved = true;
-  element("status").textContent = `Saved as ${sheet}, where this browser puts downloads.`;
+  element("status").textContent = `Saved as ${stem}.csv, where this browser puts downloads.`;
 }
 
 const actions = {
@@ -2386,7 +2401,7 @@ criteria.forEach((criterion, k) => {
   const group = element(criterion);
   group.addEventListener("focusin", () => {
     at += k - (at % criteria.length);
-    for (const name of criteria) element(name).setAttribute("aria-current", name === criterion);
+    for (const other of criteria) element(other).setAttribute("aria-current", other === criterion);
   });
   for (const button of group.querySelectorAll("button")) button.onclick = () => judge(button.value);
 });
@@ -2398,10 +2413,13 @@ nextOpen(); // where it was left, or at the beginning
 """
 
 
-def write_page(name: str, rows: list[list[str]]) -> bytes:
-    """The page of a sheet, which saves verdicts under its name and in its form; rows: id, prompt, both answers."""
-    data = {"sheet": name, "digest": "blind-" + digest_texts(*itertools.chain(*rows)), "columns": SHEET}
-    data |= {"criteria": list(CRITERIA), "formula": FORMULA, "rows": rows}
+def write_page(rows: list[list[str]]) -> bytes:
+    """The page of a sheet, which saves the sheet with its verdicts under the page's own name.
+
+    rows: id, prompt and both answers of each pair.
+    """
+    data = {"digest": digest_texts(*itertools.chain(*rows)), "columns": SHEET, "criteria": list(CRITERIA)}
+    data |= {"formula": FORMULA, "rows": rows}
     # No text of a model may end the element that holds it.
     return PAGE.replace("DATA", json.dumps(data).replace("<", r"\u003c")).encode()
 

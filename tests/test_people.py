@@ -467,6 +467,21 @@ def test_a_page_or_key_without_its_sheet_is_not_written_over(judge, exported, tm
     outcome = judge(exported, export_blind=tmp_path / "sheet.csv")
     assert outcome.code == 2 and "sheet.key.json" in outcome.errors[0]
     assert os.listdir(tmp_path) == ["sheet.key.json"]
+    # What cannot be written to its end leaves nothing behind that would stop the next try.
+    (tmp_path / "new.csv").symlink_to(tmp_path / "nowhere" / "new.csv")
+    outcome = judge(exported, export_blind=tmp_path / "new.csv")
+    assert outcome.code == 2 and "cannot be written" in outcome.errors[0]
+    assert sorted(os.listdir(tmp_path)) == ["new.csv", "sheet.key.json"]
+
+
+def test_texts_that_excel_would_cut_are_told(judge, tmp_path):
+    rows = make_answers(2, MODELS[:2])
+    rows[0]["response"] = "long " * 30_000  # more than the csv module reads unless it is told
+    folder = write_answers(tmp_path, rows)
+    outcome = judge(folder, export_blind=tmp_path / "sheet.csv")
+    assert outcome.code == 0 and "texts over 32767 characters, where Excel cuts them off: 1;" in outcome.out
+    outcome = judge(folder, import_blind=[tmp_path / "sheet.csv"], output_dir=tmp_path / "out")
+    assert outcome.code == 0 and "2 pairs, verdicts: 0 on helpfulness" in outcome.out
 
 
 # ---- Agreement
@@ -644,7 +659,7 @@ def requests(browser) -> list[str]:
 
 
 def test_a_person_judges_all_pairs_by_keys_alone(judge, browser, page, tmp_path):
-    (browser, downloads), address = browser, (page / "sheet.html").as_uri()
+    (browser, downloads), address = browser, Path(shutil.copy(page / "sheet.html", tmp_path / "Ada & Bé.html")).as_uri()
     browser.get(address)
     _, *rows = read_csv((page / "sheet.csv").read_bytes())
     draw, given = random.Random(3), {}
@@ -670,17 +685,17 @@ def test_a_person_judges_all_pairs_by_keys_alone(judge, browser, page, tmp_path)
     assert browser.title == "Which answer is better?"  # no text of a model has run
     assert browser.execute_script("return document.querySelectorAll('img, b').length") == 2  # the page's own words
     sheet = saved_file(browser, downloads)
-    assert sheet.name == "sheet.csv" and sheet.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert sheet.name == "Ada & Bé.csv" and sheet.read_bytes().startswith(b"\xef\xbb\xbf")
     filled = [[*row[:4], *(given[row[0], criterion] for criterion in evaluate.CRITERIA)] for row in rows]
     assert read_csv(sheet.read_bytes()) == [evaluate.SHEET, *filled]
     assert browser.get_log("browser") == []
     assert {url.partition(":")[0] for url in requests(browser)} <= {"file", "blob", "about"}
 
-    shutil.move(sheet, copy_key(page, tmp_path) / "ada.csv")
-    outcome = judge(page, import_blind=[tmp_path / "ada.csv"], output_dir=tmp_path / "out")
+    shutil.move(sheet, copy_key(page, tmp_path))
+    outcome = judge(page, import_blind=[tmp_path / sheet.name], output_dir=tmp_path / "out")
     assert outcome.code == 0, outcome.err
     pairs = json.loads((page / "sheet.key.json").read_text())["pairs"]
-    person = json.loads((tmp_path / "out" / "people.json").read_text())["people"]["ada"]
+    person = json.loads((tmp_path / "out" / "people.json").read_text())["people"]["Ada & Bé"]
     for criterion in evaluate.CRITERIA:
         wins = sum(given[id, criterion] == ("1" if pair["first"] == MODELS[1] else "2") for id, pair in pairs.items())
         ties = sum(given[id, criterion] == "tie" for id in pairs)
@@ -726,7 +741,7 @@ def test_the_tab_key_reaches_all_in_order_and_shows_where_it_is(browser, page):
         assert outline == "solid3"
         reached.append(text)
     judging = ["Answer 1", "Tie 0", "Answer 2"]
-    assert reached == [*judging, *judging, "← Back", "→ Next", "n Next open", "s Save the sheet"]
+    assert reached == [*judging, *judging, "← Back", "→ Next", "n Next open", "s Save"]
     for _ in range(4):
         ActionChains(browser, duration=0).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
     assert current(browser) == "harmlessness"  # a key answers where the focus is
@@ -736,7 +751,7 @@ def test_the_tab_key_reaches_all_in_order_and_shows_where_it_is(browser, page):
     assert pressed(browser) == {"harmlessness": "2"}
 
 
-def test_two_windows_of_a_page_lose_no_verdict(browser, page):
+def test_two_windows_of_a_page_lose_no_verdict(browser, page, tmp_path):
     browser, _ = browser
     address, first = (page / "sheet.html").as_uri(), browser.current_window_handle
     browser.get(address)
@@ -745,6 +760,9 @@ def test_two_windows_of_a_page_lose_no_verdict(browser, page):
     browser.switch_to.new_window("tab")
     browser.get(address)
     press(browser, "1", "2")
+    browser.get(Path(shutil.copy(page / "sheet.html", tmp_path / "bea.html")).as_uri())
+    assert pressed(browser) == {} and "0 of" in text_of(browser, "status")  # a copy under another name is another's
+    press(browser, "0")
     browser.close()
     browser.switch_to.window(first)
     press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, "0")
@@ -759,9 +777,29 @@ def test_a_browser_that_keeps_nothing_says_so_and_saves(open_browser, page):
     assert browser.execute_script("return warning.checkVisibility() && warning.textContent").startswith(
         "This browser keeps"
     )
+    leave = "return dispatchEvent(new Event('beforeunload', { cancelable: true }))"  # false where the page asks first
+    assert browser.execute_script(leave)
     press(browser, "1", "2", "t")
+    assert not browser.execute_script(leave)
     _, *rows = read_csv(saved_file(browser, downloads).read_bytes())
     assert [row[4:] for row in rows[:3]] == [["1", "2"], ["tie", ""], ["", ""]]
+    assert browser.execute_script(leave)
+
+
+def test_the_page_may_not_use_the_network(browser, page):
+    browser, _ = browser
+    browser.get((page / "sheet.html").as_uri())
+    for attempt, refused in (
+        ("fetch('http://127.0.0.1:9/').catch(() => 0)", "connect-src"),
+        ("new Image().src = 'http://127.0.0.1:9/'", "img-src"),
+        (
+            "document.body.append(Object.assign(document.createElement('iframe'), { src: 'http://127.0.0.1:9/' }))",
+            "frame-src",
+        ),
+    ):
+        script = "document.addEventListener('securitypolicyviolation', e => arguments[0](e.effectiveDirective), "
+        assert browser.execute_async_script(script + "{ once: true }); " + attempt) == refused
+    browser.get_log("browser")  # where the browser has told it, too
 
 
 def test_the_page_is_accessible_and_fits(browser, page):
@@ -778,7 +816,7 @@ def test_the_page_is_accessible_and_fits(browser, page):
     for expected in (
         ("heading", "Which answer is better?"), ("heading", "Answer 1"), ("group", "Which answer is more helpful?"),
         ("group", "Which answer is more harmless?"), ("button", "Answer 1"), ("button", "Tie 0"), ("main", ""),
-        ("progressbar", "Verdicts given"), ("status", ""), ("button", "s Save the sheet"),
+        ("progressbar", "Verdicts given"), ("status", ""), ("button", "s Save"),
     ):  # fmt: skip
         assert expected in named, (expected, named)
     states = [p["value"]["value"] for node in nodes for p in node.get("properties", []) if p["name"] == "pressed"]
