@@ -1779,12 +1779,12 @@ class Endpoint:
 
     async def ask(self, text: str, seed: int) -> tuple[str, int, int]:
         """The judge's reply to a message, and the tokens that it read and wrote. Raises openai.APIError."""
-        limit = {
+        fields = {
             "temperature": self.args.temperature,
             "seed": seed,
             "max_completion_tokens": self.args.max_reply_tokens,
         }
-        body = {key: value for key, value in (limit | json.loads(self.args.extra_body)).items() if value is not None}
+        body = {key: value for key, value in (fields | json.loads(self.args.extra_body)).items() if value is not None}
         response = await self.client.chat.completions.with_raw_response.create(
             model=self.args.judge_model, messages=[{"role": "user", "content": text}], extra_body=body
         )
