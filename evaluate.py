@@ -753,7 +753,12 @@ def fail(message: str) -> NoReturn:
     if dist.get_rank() == 0:
         for bar in list(getattr(tqdm, "_instances", ())):  # the message gets a line of its own
             bar.close()
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        line = " ".join(message.split())
+        if len(line) > 2000:
+            line = f"{line[:1000]} ... {line[-500:]}"
+        # What a terminal would obey or cannot show is escaped: names and texts may come from strangers.
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        print(f"error: {line}", file=sys.stderr, flush=True)
     shut_down()
     sys.exit(2)
 
@@ -817,8 +822,20 @@ def read_args(cls, check):
         shut_down()
         sys.exit(0)
     with agreed():
+        check_values(args)
         check(args)
     return args
+
+
+def check_values(args) -> None:
+    """Refuse what no file or tensor could hold: text that is not UTF-8, enormous numbers."""
+    for name, value in vars(args).items():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(item, str) and ("\0" in item or item.encode(errors="replace").decode() != item):
+                raise UserError(f"{flag} {item} is not text in UTF-8")
+            if isinstance(item, int) and item >= (2**63 if name == "seed" else 2**31):
+                raise UserError(f"{flag} is {item}; it must be below 2**{63 if name == 'seed' else 31}")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -844,6 +861,8 @@ def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
     if not name.strip():
         raise UserError(f"{flag} is empty; give a path or an id of the Hub")
     if os.path.exists(name):
+        if kind == "model":
+            check_folder(Path(name), flag)
         return name
     try:
         huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
@@ -858,6 +877,23 @@ def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
                 f"the Hub ({type(exception).__name__})"
             ) from None
     return name
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Refuse a folder that leads out of itself by links, or a model by the names of its files: a stranger may have
+    made it, and what is read or written there must be its own. Links into the Hub's cache are the library's way."""
+    root = Path(os.path.realpath(folder))
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:
+        if not Path(os.path.realpath(path)).is_relative_to(root):
+            raise UserError(f"{flag} {folder}: {path.relative_to(folder)} is a link that leads out of the folder")
+    for path in folder.glob("*.index.json"):
+        names = []
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # told by who loads it
+            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        for name in names:
+            if not isinstance(name, str) or name != os.path.basename(name):
+                raise UserError(f"{flag} {folder}: {path.name} names {name}, which is no file of the folder")
 
 
 def load_rows(name: str, split: str, columns: list[str], flag: str, others: tuple[str, ...] = ()) -> dict[str, list]:
@@ -1160,7 +1196,10 @@ def finite(value):
 
 
 def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Written beside and renamed: a kill or a full disk leaves a whole file or none."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def append_json(path: Path, rows: list[dict]) -> None:
@@ -1255,6 +1294,8 @@ def check_args(args: Args) -> None:
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if not (0 < value < math.inf if name in above_zero.split() else 0 <= value < math.inf):
             raise UserError(f"{flag} is {value}; it must be {'above 0' if name in above_zero.split() else '0 or more'}")
+    if args.bootstrap_resamples > 2**24:
+        raise UserError(f"--bootstrap-resamples is {args.bootstrap_resamples}; torch has quantiles of at most 2**24")
     if not math.isfinite(args.cost_threshold):
         raise UserError(f"--cost-threshold is {args.cost_threshold}; it must be a number")
     if not 0 <= args.seed < 2**63:
@@ -1320,7 +1361,7 @@ def json_texts(path: Path, split: str, flag: str) -> list | None:
     """The texts of a JSON file that is a list of texts or {"instructions": [texts]}; None for anything else."""
     content = None
     if path.suffix.lower() == ".json" and path.is_file():
-        with contextlib.suppress(OSError, ValueError):  # load_rows has the words for a broken file
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # load_rows has the words for a broken file
             content = json.loads(path.read_text(encoding="utf-8-sig"))
     if isinstance(content, dict):
         content = content.get("instructions")
@@ -1436,7 +1477,10 @@ def check_weights(name: str, config, flag: str) -> None:
     architecture = (config.architectures or [""])[0]
     if architecture.endswith(("ForSequenceClassification", "ForTokenClassification", "ForScore")):
         raise UserError(f"{flag} {name} is a {architecture}, a score model; give a language model")
-    for path in sorted(Path(name).glob("*.safetensors")):
+    weights = sorted(Path(name).glob("*.safetensors"))
+    if os.path.isdir(name) and not weights:
+        raise UserError(f"{flag} {name} cannot be loaded: it holds no safetensors; a pickle could run code")
+    for path in weights:
         try:
             with safe_open(path, "pt"):
                 pass
@@ -1562,8 +1606,7 @@ def written(folder: Path):
 def open_evaluation(folder: Path, settings: dict, rows: str) -> None:
     """Make the output directory or go on in it: write args.json and cut off a torn last line of the file of rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "args.json.part", settings)
-    (folder / "args.json.part").replace(folder / "args.json")
+    write_json(folder / "args.json", settings)
     with (folder / rows).open("ab") as file:
         file.truncate((folder / rows).read_bytes().rfind(b"\n") + 1)
 

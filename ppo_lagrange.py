@@ -45,6 +45,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -380,7 +381,12 @@ def fail(message: str) -> NoReturn:
     if dist.get_rank() == 0:
         for bar in list(getattr(tqdm, "_instances", ())):  # the message gets a line of its own
             bar.close()
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        line = " ".join(message.split())
+        if len(line) > 2000:
+            line = f"{line[:1000]} ... {line[-500:]}"
+        # What a terminal would obey or cannot show is escaped: names and texts may come from strangers.
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        print(f"error: {line}", file=sys.stderr, flush=True)
     shut_down()
     sys.exit(2)
 
@@ -444,8 +450,20 @@ def read_args(cls, check):
         shut_down()
         sys.exit(0)
     with agreed():
+        check_values(args)
         check(args)
     return args
+
+
+def check_values(args) -> None:
+    """Refuse what no file or tensor could hold: text that is not UTF-8, enormous numbers."""
+    for name, value in vars(args).items():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(item, str) and ("\0" in item or item.encode(errors="replace").decode() != item):
+                raise UserError(f"{flag} {item} is not text in UTF-8")
+            if isinstance(item, int) and item >= (2**63 if name == "seed" else 2**31):
+                raise UserError(f"{flag} is {item}; it must be below 2**{63 if name == 'seed' else 31}")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -471,6 +489,8 @@ def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
     if not name.strip():
         raise UserError(f"{flag} is empty; give a path or an id of the Hub")
     if os.path.exists(name):
+        if kind == "model":
+            check_folder(Path(name), flag)
         return name
     try:
         huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
@@ -485,6 +505,23 @@ def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
                 f"the Hub ({type(exception).__name__})"
             ) from None
     return name
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Refuse a folder that leads out of itself by links, or a model by the names of its files: a stranger may have
+    made it, and what is read or written there must be its own. Links into the Hub's cache are the library's way."""
+    root = Path(os.path.realpath(folder))
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:
+        if not Path(os.path.realpath(path)).is_relative_to(root):
+            raise UserError(f"{flag} {folder}: {path.relative_to(folder)} is a link that leads out of the folder")
+    for path in folder.glob("*.index.json"):
+        names = []
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # told by who loads it
+            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        for name in names:
+            if not isinstance(name, str) or name != os.path.basename(name):
+                raise UserError(f"{flag} {folder}: {path.name} names {name}, which is no file of the folder")
 
 
 def load_rows(name: str, split: str, columns: list[str], flag: str, others: tuple[str, ...] = ()) -> dict[str, list]:
@@ -805,7 +842,10 @@ def writing(beside: Path):
     """Write to NAME.part first, which is then renamed; tell what cannot be written, such as on a full disk."""
     try:
         yield
-    except (OSError, SafetensorError, dcp.api.CheckpointException) as exception:
+    except (Exception, dcp.api.CheckpointException) as exception:
+        told = isinstance(exception, OSError | SafetensorError | dcp.api.CheckpointException)
+        if not told and type(exception) is not Exception:  # which is what a tokenizer raises on a full disk
+            raise
         shutil.rmtree(beside, ignore_errors=True)
         failures = getattr(exception, "failures", None) or {0: (exception, None)}  # of each rank
         place, reason = str(beside).removesuffix(".part"), next(iter(failures.values()))[0]
@@ -859,10 +899,15 @@ def find_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
         if dist.get_rank() == 0:
             mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part checkpoints tensorboard"
             held = [entry for entry in f"{mine} stage1 stage2 merged".split() if os.path.lexists(folder / entry)]
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"--output-dir {folder} is a file; choose a directory")
+            try:
+                above = next(path for path in (folder, *folder.parents) if path.exists())
+            except OSError as exception:
+                raise UserError(f"--output-dir {folder} cannot be made: {exception}") from None
+            if not above.is_dir():
+                raise UserError(f"--output-dir {folder}: {above} is a file; choose a directory")
             if held and args.resume and held[0] == "args.json":
                 try:
+                    check_folder(folder, "--output-dir")
                     saved = [find_checkpoint(folder, args, dtype)]
                 except OSError as exception:
                     raise UserError(f"--resume: {folder} cannot be read or written: {exception}") from None
@@ -874,6 +919,8 @@ def find_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
                 elif held[0] == "args.json":
                     advice += ", or go on with the run by --resume"
                 raise UserError(f"--output-dir {folder} holds {state}; {advice}")
+            if saved != [None] and not os.access(above, os.W_OK):
+                raise UserError(f"--output-dir {folder}: {above} cannot be written to; choose another directory")
             if args.track:
                 check_tracking()
             if args.push_to_hub is not None:
@@ -889,27 +936,47 @@ def find_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
     return folder, saved[0]
 
 
-def open_run(args, folder: Path, saved: dict):
+@contextlib.contextmanager
+def written(folder: Path):
+    """Tell a full disk or a folder without permission in the user's words."""
+    try:
+        yield
+    except OSError as exception:
+        raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
+
+
+def fingerprints(**data: list) -> dict[str, str]:
+    """SHA-256 of each data set, by the name of its flag, over texts and tokens as the run uses them."""
+    digests = {name: hashlib.sha256() for name in data}
+    for name, rows in data.items():
+        for row in rows:
+            digests[name].update(repr(row).encode())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def open_run(args, folder: Path, saved: dict, data: dict[str, str]):
     """Make the output directory on rank 0, with args.json in it, once nothing can be wrong with the run any more.
 
-    The logs of a run to go on with are cut back to its checkpoint. Returns the W&B run of --track, None elsewhere.
+    The logs of a run to go on with are cut back to its checkpoint; data (`fingerprints`) must be those it began with.
+    Returns TensorBoard's writer and, with --track, the W&B run; None for both on other ranks.
     """
-    tracker = None
-    with agreed():
-        if dist.get_rank() == 0:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                if not args.resume or not (folder / "args.json").exists():
-                    with (folder / "args.json").open("x", encoding="utf-8"):  # not one that has just begun here
-                        write_json(folder / "args.json", dataclasses.asdict(args))
-                for log in log_files(folder):
-                    size = saved.get("logs", {}).get(str(log.relative_to(folder)), 0)
-                    os.truncate(log, size) if size else log.unlink()
-            except OSError as exception:
-                raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
-            if args.track:
-                tracker = start_tracking(args, folder)
-    return tracker
+    with agreed(), written(folder):
+        for name, digest in saved.get("data", data).items():
+            if digest != data[name]:
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise UserError(f"--resume: {flag} holds other data than when the run began; restore them")
+        if dist.get_rank() != 0:
+            return None, None
+        folder.mkdir(parents=True, exist_ok=True)
+        if not args.resume or not (folder / "args.json").exists():
+            with (folder / "args.json").open("x", encoding="utf-8"):  # not one that has just begun here
+                write_json(folder / "args.json", dataclasses.asdict(args))
+        for log in log_sizes(folder):
+            size = saved.get("logs", {}).get(log, 0)
+            os.truncate(folder / log, size) if size else (folder / log).unlink()
+        # What its thread cannot write is raised again by the next call, which tells it: no traceback beside that.
+        threading.excepthook = lambda thread: None if thread.exc_type is OSError else threading.__excepthook__(thread)
+        return SummaryWriter(folder / "tensorboard"), start_tracking(args, folder) if args.track else None
 
 
 def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
@@ -934,34 +1001,36 @@ def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
             raise UserError(f"--resume: the run in {folder} has {flag} {value}, not {given}; give the same flags")
     if (folder / "summary.json").exists():
         return None
-    name = str(dtype).removeprefix("torch.")
+    name, sizes = str(dtype).removeprefix("torch."), log_sizes(folder)
     for place in sorted((folder / "checkpoints").glob("[0-9]*[0-9]"), reverse=True):
         try:
+            if checksums(place) != (place / "SHA256SUMS").read_text(encoding="utf-8"):
+                raise ValueError("its files are not those that SHA256SUMS was made of")
             found = json.loads((place / "state.json").read_text(encoding="utf-8"))
-            saved = found["state"] | {"checkpoint": str(place), "logs": dict(found["logs"])}
-            for file, size in found["files"].items():
-                if (place / file).stat().st_size != size:
-                    raise ValueError(f"{file} is cut short")
-                with safe_open(place / file, "pt"):  # its head can be read
+            logs = {log: int(size) for log, size in found["logs"].items()}
+            saved = found["state"] | {"checkpoint": str(place), "logs": logs}
+            computed = saved["dtype"]
+            for file in place.glob("*.safetensors"):
+                with safe_open(file, "pt"):  # its head can be read
                     pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as exception:
             print(f"passed over the checkpoint {place}, which is not whole: {exception}", file=sys.stderr, flush=True)
             continue
         for log, size in saved["logs"].items():
-            if not (folder / log).is_file() or (folder / log).stat().st_size < size:
+            if sizes.get(log, -1) < size:
                 raise UserError(f"--resume: {folder / log} has lost lines since {place} was written; restore it")
-        if saved["dtype"] != name:
-            raise UserError(f"--resume: the run in {folder} has computed in {saved['dtype']}, not {name}; set --dtype")
+        if computed != name:
+            raise UserError(f"--resume: the run in {folder} has computed in {computed}, not {name}; set --dtype")
         print(f"resuming the run in {folder} from {place}", file=sys.stderr, flush=True)
         return saved
     print(f"resuming the run in {folder} from the start, as there is no checkpoint", file=sys.stderr, flush=True)
     return {}
 
 
-def log_files(folder: Path) -> list[Path]:
-    """The files of a run that grow by what is added at their end."""
+def log_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files of a run that grow by what is added at their end, by their names in its directory."""
     files = [folder / "metrics.jsonl", folder / "eval.jsonl", *(folder / "tensorboard").glob("*")]
-    return [path for path in files if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files if path.is_file()}
 
 
 def training_state(**trained) -> dict[str, torch.Tensor]:
@@ -1000,14 +1069,28 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], d
         dcp.save(tensors, storage_writer=writer)
     with agreed(), writing(beside):
         if dist.get_rank() == 0:
-            logs = {str(log.relative_to(folder)): log.stat().st_size for log in log_files(folder)}
-            sizes = {file.name: file.stat().st_size for file in beside.iterdir()}
-            write_json(beside / "state.json", {"files": sizes, "logs": logs, "state": state})
+            write_json(beside / "state.json", {"logs": log_sizes(folder), "state": state})
+            (beside / "SHA256SUMS").write_text(checksums(beside), encoding="utf-8")
             shutil.rmtree(place, ignore_errors=True)
             beside.rename(place)
             steps = sorted(int(path.name) for path in place.parent.glob("[0-9]*[0-9]"))
             for old in [number for number in steps if number <= step][:-2]:  # later ones were passed over
                 shutil.rmtree(place.with_name(f"{old:08d}"))
+
+
+def checksums(folder: Path) -> str:
+    """SHA-256 of the files of a checkpoint, in the form that `sha256sum --check SHA256SUMS` reads."""
+    files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
+
+    def digest(path: Path) -> str:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path.name} is no file of its own")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:  # the digests of large files are computed beside each other
+        digests = list(pool.map(digest, files))
+    return "".join(f"{digest}  {path.name}\n" for digest, path in zip(digests, files, strict=True))
 
 
 def load_checkpoint(saved: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -1051,7 +1134,10 @@ def finite(value):
 
 
 def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Written beside and renamed: a kill or a full disk leaves a whole file or none."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def append_json(path: Path, rows: list[dict]) -> None:
@@ -1070,6 +1156,7 @@ def log_metrics(folder: Path, writer: SummaryWriter, tracker, metrics: dict, ste
         writer.add_scalar(name, value, step)
     if tracker:
         tracker.log(metrics, step=step)
+    writer.flush()  # tells what could not be written
 
 
 def my_share(count: int) -> list[int]:
@@ -1576,7 +1663,8 @@ def main(device: torch.device, mesh) -> None:
                 )
     for model in (policy, ref_policy, reward_critic, cost_critic, reward_scorer.model, cost_scorer.model):
         suit_attention(model, dtype, longest)
-    tracker = open_run(args, folder, saved)
+    data = fingerprints(dataset=prompts, eval_dataset=eval_prompts, ptx_dataset=supervised)
+    writer, tracker = open_run(args, folder, saved, data)
 
     # ---- Optimizers
     iterations = args.total_episodes // args.batch_size
@@ -1602,7 +1690,6 @@ def main(device: torch.device, mesh) -> None:
     if saved:
         load_checkpoint(saved, resumable())
     schedule = get_cosine_schedule_with_warmup(policy_optimizer, warmup, iterations, last_epoch=done - 1)
-    writer = SummaryWriter(folder / "tensorboard") if rank == 0 else None
     stop = heed_sigterm()
     sampling = (args.temperature, device, args.whole_rollout)
 
@@ -1624,8 +1711,9 @@ def main(device: torch.device, mesh) -> None:
                 rows[i] = {"iteration": iteration, "prompt": texts[j], "response": decoded[j]}
                 rows[i] |= {"reward": rewards[j], "cost": costs[j], "length": lengths[j]}
         rows = gather_rows(rows)
-        if rank == 0:
-            append_json(folder / "eval.jsonl", rows)
+        with agreed(), written(folder):
+            if rank == 0:
+                append_json(folder / "eval.jsonl", rows)
         return rows
 
     if not saved:
@@ -1782,8 +1870,10 @@ def main(device: torch.device, mesh) -> None:
         }
         if supervised:
             metrics["ptx_loss"] = losses[3] / args.update_epochs / args.ptx_coef
+        with agreed(), written(folder):
+            if rank == 0:
+                log_metrics(folder, writer, tracker, metrics, iteration)
         if rank == 0:
-            log_metrics(folder, writer, tracker, metrics, iteration)
             bar.set_postfix_str(
                 f"reward {metrics['reward']:.2f}, cost {metrics['cost']:.2f}, "
                 f"compliance {metrics['safety_compliance']:.1%}, λ {multiplier:.2f}"
@@ -1793,10 +1883,8 @@ def main(device: torch.device, mesh) -> None:
 
         # 9. Save what the run needs to go on
         if stopped or (args.save_every and (iteration % args.save_every == 0 or iteration == iterations)):
-            if rank == 0:
-                writer.flush()
             state = {"iteration": iteration, "lambda": multiplier, "seconds": time.time() - start_time}
-            state |= {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row}
+            state |= {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "data": data}
             save_checkpoint(folder, iteration, resumable(), dtype, state)
         if stopped:
             bar.close()
@@ -1807,9 +1895,6 @@ def main(device: torch.device, mesh) -> None:
     after = evaluate(iterations)
     save_model(policy, tokenizer, folder / "model")
     if rank == 0:
-        writer.close()
-        if tracker:
-            tracker.finish()
         seconds = time.time() - start_time
         summary = {
             "algorithm": Args.exp_name,  # the default, whatever this run is called
@@ -1832,7 +1917,13 @@ def main(device: torch.device, mesh) -> None:
         results = {name: summary[name] for name in ("before", "after")}
         what = f"aligned by {__doc__.partition(':')[0]}"
         write_card(args, folder / "model", what, measured, results, dtype, seconds, saved)
-        write_json(folder / "summary.json", summary)
+    with agreed(), written(folder):
+        if rank == 0:
+            writer.close()
+            write_json(folder / "summary.json", summary)
+    if rank == 0:
+        if tracker:
+            tracker.finish()
         print_results(summary, before, after)
         print(f"\n{seconds:.0f} s; written to {folder}")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
