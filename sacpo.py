@@ -800,7 +800,7 @@ def open_run(args, folder: Path, saved: dict, data: dict[str, str]):
             size = saved.get("logs", {}).get(log, 0)
             os.truncate(folder / log, size) if size else (folder / log).unlink()
         # What its thread cannot write is raised again by the next call, which tells it: no traceback beside that.
-        threading.excepthook = lambda thread: None if thread.exc_type is OSError else threading.__excepthook__(thread)
+        threading.excepthook = lambda failed: issubclass(failed.exc_type, OSError) or threading.__excepthook__(failed)
         return SummaryWriter(folder / "tensorboard"), start_tracking(args, folder) if args.track else None
 
 

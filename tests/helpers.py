@@ -63,12 +63,10 @@ def start(program: list, processes: int | None = None, python_path: Path | str =
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [*launcher, *map(str, program)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(python_path)},
         start_new_session=True,
-        **options,
+        **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options,
     )
 
 

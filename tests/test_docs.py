@@ -6,6 +6,7 @@ import sys
 
 import kills
 import pytest
+import strain
 from helpers import ROOT, read_lines, read_summary
 
 import evaluate
@@ -27,6 +28,7 @@ OTHERS = {
     "benchmark/memory": memory.Args,
     "benchmark/throughput": throughput.Args,
     "tests/kills": kills.Args,
+    "tests/strain": strain.Args,
 }
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("toy/*.md")])
 
