@@ -964,6 +964,14 @@ def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) 
     return ids, mask
 
 
+def crop(
+    sequences: torch.Tensor, attention_mask: torch.Tensor, length: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Leave out the columns that are padding in all rows. Returns also what is left of the last `length` columns."""
+    used = attention_mask.any(0)
+    return sequences[:, used], attention_mask[:, used], int(used[used.shape[0] - length :].sum())
+
+
 def in_template(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
     """Tokens of prompts in their template, each with its response directly behind it where responses are given.
 
@@ -1036,6 +1044,7 @@ def last_scores(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 
 def text_scores(model: ScoreModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Score of each text, [batch]."""
+    input_ids, attention_mask, _ = crop(input_ids, attention_mask)
     return last_scores(model(input_ids, attention_mask), attention_mask)
 
 
@@ -1232,13 +1241,18 @@ class Scorer:
     shares_tokens: bool  # whether it reads the policy's token ids as they are
 
 
+def micro_batches(attention_mask: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """The rows of a batch, `size` at a time: texts of similar length together, so that `crop` leaves little padding."""
+    return [rows.sort().values for rows in attention_mask.sum(1).argsort(stable=True).split(size)]
+
+
 def in_micro_batches(function, model, inputs: tuple[torch.Tensor, torch.Tensor], size: int, *settings) -> torch.Tensor:
-    """function(model, ids, mask, *settings) on `size` rows of inputs = (ids, mask) at a time; results joined."""
+    """function(model, ids, mask, *settings) on `size` rows of inputs = (ids, mask) at a time; results by row."""
     ids, mask = inputs
-    parts = zip(ids.split(size), mask.split(size), strict=True)
-    results = torch.cat([function(model, *rows, *settings) for rows in parts])
+    parts = micro_batches(mask, size)
+    results = torch.cat([function(model, ids[rows], mask[rows], *settings) for rows in parts])
     model.reshard()  # without a backward pass FSDP2 would keep what is not in a block, embeddings and head, whole
-    return results
+    return results[torch.cat(parts).argsort()]
 
 
 def decode(tokenizer, responses: Responses) -> list[str]:

@@ -395,6 +395,14 @@ def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) 
     return ids, mask
 
 
+def crop(
+    sequences: torch.Tensor, attention_mask: torch.Tensor, length: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Leave out the columns that are padding in all rows. Returns also what is left of the last `length` columns."""
+    used = attention_mask.any(0)
+    return sequences[:, used], attention_mask[:, used], int(used[used.shape[0] - length :].sum())
+
+
 def in_template(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
     """Tokens of prompts in their template, each with its response directly behind it where responses are given.
 
@@ -457,6 +465,7 @@ def last_scores(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 
 def text_scores(model: ScoreModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Score of each text, [batch]."""
+    input_ids, attention_mask, _ = crop(input_ids, attention_mask)
     return last_scores(model(input_ids, attention_mask), attention_mask)
 
 

@@ -361,18 +361,20 @@ def response_logprobs(
     policy, sequences: torch.Tensor, attention_mask: torch.Tensor, length: int, temperature: float
 ) -> torch.Tensor:
     """Log-probabilities of the last `length` tokens in the distribution they are sampled from, [batch, length]."""
+    sequences, attention_mask, longest = crop(sequences, attention_mask, length)
     logits = policy(
         input_ids=sequences,
         attention_mask=attention_mask,
         position_ids=positions(attention_mask),
         use_cache=False,
-        logits_to_keep=length + 1,
+        logits_to_keep=longest + 1,
     ).logits[:, :-1]
     # A few positions at a time, computed again for the gradient: the logits of a batch in float32 would be gigabytes.
     # A CPU is fastest where they stay in its cache.
     step = max(1, (2**24 if logits.is_cuda else 2**20) // (logits.shape[0] * logits.shape[2]))
-    chunks = zip(logits.split(step, 1), sequences[:, -length:].split(step, 1), strict=True)
-    return torch.cat([checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks], dim=1)
+    chunks = zip(logits.split(step, 1), sequences[:, -longest:].split(step, 1), strict=True)
+    logprobs = [checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks]
+    return F.pad(torch.cat(logprobs, dim=1), (0, length - longest))
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -383,7 +385,8 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: floa
 
 def response_values(critic, sequences: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
     """Values before each of the last `length` tokens, [batch, length]: each is read at the token that precedes it."""
-    return critic(sequences, attention_mask)[:, -length - 1 : -1]
+    sequences, attention_mask, longest = crop(sequences, attention_mask, length)
+    return F.pad(critic(sequences, attention_mask)[:, -longest - 1 : -1], (0, length - longest))
 
 
 # ======================================================================================================================
@@ -615,6 +618,14 @@ def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) 
     return ids, mask
 
 
+def crop(
+    sequences: torch.Tensor, attention_mask: torch.Tensor, length: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Leave out the columns that are padding in all rows. Returns also what is left of the last `length` columns."""
+    used = attention_mask.any(0)
+    return sequences[:, used], attention_mask[:, used], int(used[used.shape[0] - length :].sum())
+
+
 def part(ids: list[int], prompt_ids: list[int]) -> tuple[list[int], list[int]]:
     """Tokens of a whole text as (prompt, response), parted where they first differ from the prompt's own."""
     same = itertools.takewhile(lambda both: both[0] == both[1], zip(ids, prompt_ids, strict=False))
@@ -704,6 +715,7 @@ def last_scores(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 
 def text_scores(model: ScoreModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Score of each text, [batch]."""
+    input_ids, attention_mask, _ = crop(input_ids, attention_mask)
     return last_scores(model(input_ids, attention_mask), attention_mask)
 
 
@@ -1436,13 +1448,18 @@ class Scorer:
     shares_tokens: bool  # whether it reads the policy's token ids as they are
 
 
+def micro_batches(attention_mask: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """The rows of a batch, `size` at a time: texts of similar length together, so that `crop` leaves little padding."""
+    return [rows.sort().values for rows in attention_mask.sum(1).argsort(stable=True).split(size)]
+
+
 def in_micro_batches(function, model, inputs: tuple[torch.Tensor, torch.Tensor], size: int, *settings) -> torch.Tensor:
-    """function(model, ids, mask, *settings) on `size` rows of inputs = (ids, mask) at a time; results joined."""
+    """function(model, ids, mask, *settings) on `size` rows of inputs = (ids, mask) at a time; results by row."""
     ids, mask = inputs
-    parts = zip(ids.split(size), mask.split(size), strict=True)
-    results = torch.cat([function(model, *rows, *settings) for rows in parts])
+    parts = micro_batches(mask, size)
+    results = torch.cat([function(model, ids[rows], mask[rows], *settings) for rows in parts])
     model.reshard()  # without a backward pass FSDP2 would keep what is not in a block, embeddings and head, whole
-    return results
+    return results[torch.cat(parts).argsort()]
 
 
 def backward(loss: torch.Tensor, response_mask: torch.Tensor, tokens: float) -> torch.Tensor:
@@ -1794,7 +1811,7 @@ def main(device: torch.device, mesh) -> None:
         for model in trained:  # there is no dropout: train mode only switches gradient checkpointing on
             model.train()
         for epoch in range(0 if broken else args.update_epochs):
-            for rows in torch.arange(local_batch, device=device).split(size):
+            for rows in micro_batches(inputs[1], size):
                 ids, mask, used = inputs[0][rows], inputs[1][rows], response_mask[rows]
                 logprobs = response_logprobs(policy, ids, mask, length, args.temperature)
                 reward_values = response_values(reward_critic, ids, mask, length)

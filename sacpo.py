@@ -237,18 +237,20 @@ def response_logprobs(
     policy, sequences: torch.Tensor, attention_mask: torch.Tensor, length: int, temperature: float
 ) -> torch.Tensor:
     """Log-probabilities of the last `length` tokens in the distribution they are sampled from, [batch, length]."""
+    sequences, attention_mask, longest = crop(sequences, attention_mask, length)
     logits = policy(
         input_ids=sequences,
         attention_mask=attention_mask,
         position_ids=positions(attention_mask),
         use_cache=False,
-        logits_to_keep=length + 1,
+        logits_to_keep=longest + 1,
     ).logits[:, :-1]
     # A few positions at a time, computed again for the gradient: the logits of a batch in float32 would be gigabytes.
     # A CPU is fastest where they stay in its cache.
     step = max(1, (2**24 if logits.is_cuda else 2**20) // (logits.shape[0] * logits.shape[2]))
-    chunks = zip(logits.split(step, 1), sequences[:, -length:].split(step, 1), strict=True)
-    return torch.cat([checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks], dim=1)
+    chunks = zip(logits.split(step, 1), sequences[:, -longest:].split(step, 1), strict=True)
+    logprobs = [checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks]
+    return F.pad(torch.cat(logprobs, dim=1), (0, length - longest))
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -492,6 +494,14 @@ def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) 
         ids[row, place] = torch.tensor(sequence)
         mask[row, place] = 1
     return ids, mask
+
+
+def crop(
+    sequences: torch.Tensor, attention_mask: torch.Tensor, length: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Leave out the columns that are padding in all rows. Returns also what is left of the last `length` columns."""
+    used = attention_mask.any(0)
+    return sequences[:, used], attention_mask[:, used], int(used[used.shape[0] - length :].sum())
 
 
 def part(ids: list[int], prompt_ids: list[int]) -> tuple[list[int], list[int]]:

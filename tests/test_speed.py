@@ -50,6 +50,24 @@ def test_log_probabilities_in_chunks_are_those_of_the_whole(policy):
     torch.testing.assert_close(one, other)
 
 
+def test_micro_batches_hold_texts_of_similar_length_and_none_of_the_padding_of_others(files, processes):
+    """Long and short texts by turns: the policy sees no column that is padding in all rows. Nothing else changes."""
+    policy = repo.shard(AutoModelForCausalLM.from_pretrained(files.policy).eval(), processes[1], torch.float32)
+    texts = [([5] * (1 + row % 3), [6] * (9 if row % 2 else 2)) for row in range(7)]
+    ids, mask, response_mask = repo.pad_texts(texts, 2)
+    assert [rows.tolist() for rows in repo.micro_batches(mask, 4)] == [[0, 2, 4, 6], [1, 3, 5]]
+    assert [rows.tolist() for rows in repo.micro_batches(mask, 7)] == [list(range(7))]
+    shapes = []
+    policy.register_forward_pre_hook(lambda *call: shapes.append((*call[2]["input_ids"].shape,)), with_kwargs=True)
+    with torch.no_grad():
+        found = repo.in_micro_batches(repo.response_logprobs, policy, (ids, mask), 4, 9, 1.0)
+        assert shapes == [(4, 3 + 2), (3, 3 + 9)]
+        for row, (prompt, response) in enumerate(texts):
+            alone = torch.tensor([prompt + response])
+            expected = repo.response_logprobs(policy, alone, torch.ones_like(alone), len(response), 1.0)
+            torch.testing.assert_close(found[row][response_mask[row] > 0], expected[0])
+
+
 def test_the_benchmark_reads_when_steps_ended(repo_run):
     ends = throughput.step_ends(repo_run)
     assert len(ends) == len(read_lines(repo_run / "metrics.jsonl")) and ends == sorted(ends)
