@@ -1359,13 +1359,14 @@ def named_suites(entries: list[str]) -> dict[str, str]:
             raise UserError(
                 f"--suites {name} is not known; the suites are {', '.join(SUITES)}, and one of your own is name=path"
             )
-        if not equals and SUITES[name].source is None:
+        source = source or SUITES[name].source
+        if source is None:
             raise UserError(
                 f"--suites {name} is not on the Hub; fetch its file, docs/suites.md says where, and give {name}=path"
             )
         if name in suites or name == "all":
             raise UserError(f"--suites: {'two suites have' if name in suites else 'no suite can have'} the name {name}")
-        suites[name] = source or SUITES[name].source
+        suites[name] = source
     if not suites:
         raise UserError(f"--suites is empty; give names of {', '.join(SUITES)}, or name=path")
     return suites
