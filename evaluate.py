@@ -1528,7 +1528,7 @@ def read_rows(path: Path, kinds: dict, what: str) -> list[dict]:
             row = json.loads(line)
             if not all(isinstance(row[key], kind) for key, kind in kinds.items()):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}, line {number} is no {what} of evaluate.py; take the line out") from None
         rows.append(row)
     return rows

@@ -60,16 +60,44 @@ SCRIPTS = {
     "sacpo": (sacpo, sacpo.Args),
     "preference_models": (preference_models, preference_models.Args),
     "evaluate": (evaluate, evaluate.Score),
+    "judge": (evaluate, evaluate.Judge),
 }
+OPENERS = {"evaluate": "open_evaluation", "judge": "collect"}  # what makes the output directory; of the others open_run
 
 # What the flags allow, written down apart from the scripts' own checks. Other numbers must be above zero.
 ANY_NUMBER = {"cost_threshold"}
 ZERO_OR_MORE = {"seed", "save_every", "eval_every", "eval_size", "train_size", "warmup_ratio", "weight_decay"}
 ZERO_OR_MORE |= {"kl_coef", "ptx_coef", "gae_lambda", "lambda_init", "lambda_lr", "lambda_max", "regularization"}
-ZERO_OR_MORE |= {"compare_limit"}
+ZERO_OR_MORE |= {"compare_limit", "limit", "connection_retries", "retries", "price_in", "price_out", "blind_pairs"}
+ZERO_OR_MORE |= {"disagreement_limit", "judge's temperature"}
 AT_MOST_ONE = {"gae_lambda", "warmup_ratio"}
 MODELS = {"model", "reward_model", "cost_model", "reward_critic", "cost_critic"}
 DATA = {"dataset", "eval_dataset", "ptx_dataset"}
+LISTS = {  # of the flags that take several texts, some bad values of each
+    "suites": ["nothing", "all=x", "=x", "a=", "../a=x", "💣=x"],
+    "responses": ["nowhere", "/nowhere/at/all", "EMPTY", "TORN", "ONE", "FOLDER"],
+    "judge's models": ["nobody", "", "a=b"],
+    "import_blind": ["nowhere.csv", "FOLDER", "TORN"],
+    "people": ["ann", "", ("ann", "ann")],
+}
+TEXTS = {  # bad values of other texts
+    "base": ["nobody", ""],
+    "judge_model": ["", " "],
+    "base_url": [
+        "",
+        "localhost",
+        "ftp://localhost",
+        "http://",
+        "http://h:0/v1",
+        "http://h:x",
+        "http://key@h",
+        "http://h/?key=1",
+    ],
+    "api_key_env": ["", "sk-1234", "A B", "NO_SUCH_VARIABLE"],
+    "extra_body": ["", "[]", "{", '{"messages": []}', "null", "💣"],
+    "export_blind": ["", "sheet", "sheet.html"],
+    "push_to_hub": ["", "name", "a/b/c", "a b/c", "-/-", "💣/c"],
+}
 TEMPLATES = {"prompt_template", "score_prompt_template"}
 
 NOT_UTF8 = os.fsdecode(b"\xff\xfe")  # as a name of another encoding arrives in sys.argv
@@ -123,17 +151,26 @@ class Bench:
         pairs = shared | dict(model=self.policy, epochs=1, batch_size=8, micro_batch_size=4)
         score = dict(models=f"ours={self.policy}", reward_model=self.reward, cost_model=self.cost, dataset=self.test)
         score |= dict(dataset_split="train", max_new_tokens=16, dtype="float32", output_dir=self.out)
+        rows = [
+            dict(model=name, index=i, prompt="ba?", response=name, reward=0.5, cost=0.5, length=1, finished=True)
+            for name in ("one", "two")
+            for i in range(3)
+        ]
+        judge = dict(responses=tiny.write_rows(folder / "responses.jsonl", rows), judge_model="judge")
+        judge |= dict(base_url="http://127.0.0.1:9/v1", output_dir=self.out)
+        tiny.write_rows(folder / "one.jsonl", rows[:3])
         self.flags = {
             "repo": rl,
             "ppo_lagrange": rl | dict(lambda_max=20),
             "sacpo": pairs | dict(train_size=32),
             "preference_models": pairs,
             "evaluate": score,
+            "judge": judge,
         }
 
     def words(self, script: str, case: Case) -> list[str]:
         flags = self.flags[script] | case.changes
-        words = ["score"] if script == "evaluate" else []
+        words = {"evaluate": ["score"], "judge": ["judge"]}.get(script, [])
         for name, value in flags.items():
             if value is not None:
                 words += [f"--{name.replace('_', '-')}"]
@@ -145,11 +182,12 @@ class Bench:
         module, _ = SCRIPTS[script]
         before = contents_and_folders(self.folder)
 
-        opener = "open_evaluation" if script == "evaluate" else "open_run"
+        opener = OPENERS.get(script, "open_run")
         original = getattr(module, opener)
 
         def accepted(*args):
-            original(*args)
+            if script != "judge":  # which would ask its endpoint
+                original(*args)
             raise AssertionError(f"{script} {case.flag} ({case.given}) is not refused")
 
         try:
@@ -230,6 +268,15 @@ def bad_values(name: str, kind, bench: Bench) -> Iterator[tuple[str, object]]:
         else:
             word = typing.get_args(options[0])[0]
             yield from [("three", (word,) * 3), ("one of two wrong", (word, "other"))]
+    elif name in LISTS:
+        places = {"EMPTY": "empty.jsonl", "TORN": "torn.jsonl", "ONE": "one.jsonl", "FOLDER": "empty"}
+        for value in LISTS[name]:
+            yield str(value), bench.folder / places[value] if value in places else value
+        yield from [(what, STRANGE[what]) for what in ("NUL", "not UTF-8")]
+    elif name in TEXTS:
+        yield "missing", None
+        yield from [(what, STRANGE[what]) for what in ("NUL", "not UTF-8")]
+        yield from [(value or "empty", value) for value in TEXTS[name]]
     elif name == "models":
         yield "missing", None
         yield from [("no name", str(bench.policy)), ("empty name", f"={bench.policy}"), ("empty path", "ours=")]
@@ -326,7 +373,21 @@ CONTRADICTIONS = {
         dict(bootstrap_resamples=2**40),
     ],
 }
+CONTRADICTIONS["judge"] = [
+    dict(export_blind="a.csv", import_blind="b.csv"),
+    dict(import_blind=("a/b.csv", "c/b.csv")),
+    dict(import_blind="b.csv", people=("ann", "bob")),
+    dict(responses=None),
+    dict(judge_model=None),
+    dict(models="one"),
+    dict(models=("one", "one")),
+    dict(seed=2**63 - 1),
+]
 CONTRADICTIONS["ppo_lagrange"] = CONTRADICTIONS["repo"]
+
+# Output directories that judge finds out when it makes them, after it has asked its endpoint for a first verdict.
+OF_COLLECT = {"300 letters", "128 KiB", "longer than PATH_MAX", "a name of 300 letters", "below a file"}
+OF_COLLECT |= {"a file", "no place for files"}
 
 UNKNOWN = {
     "unknown": "--bath-size=8",
@@ -345,7 +406,10 @@ def bad_cases(script: str, bench: Bench) -> list[Case]:
     kinds, cases = typing.get_type_hints(cls), []
     for field in dataclasses.fields(cls):
         name, flag = field.name, f"--{field.name.replace('_', '-')}"
-        for what, value in bad_values(name, kinds[name], bench):
+        own = f"judge's {name}" if script == "judge" and name in ("models", "temperature") else name
+        for what, value in bad_values(own, kinds[name], bench):
+            if script == "judge" and what in OF_COLLECT:
+                continue
             changes = {name: None if value is None else value}
             if kinds[name] is bool:
                 cases.append(Case(flag, what, {}, (f"{flag}={value[0]}",)))

@@ -291,7 +291,7 @@ def test_lists_of_texts_in_json(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "texts.json"
     path.write_bytes(content)
     try:
-        found = evaluate.json_texts(path, "test")
+        found = evaluate.json_texts(path, "test", "--dataset")
     except evaluate.UserError as error:
         assert str(path) in str(error) or "--dataset-split" in str(error)
     else:
@@ -333,11 +333,12 @@ def test_files_of_answers(tmp_path_factory, rows, more, cut):
     evaluate.append_json(path, [row for row in rows if math.isfinite(row["reward"] + row["cost"])])
     written = path.read_bytes()
     path.write_bytes(written[: cut % (len(written) + 1)])
-    found, whole = evaluate.read_answers(path)
-    lines = path.read_bytes()[:whole].decode().split("\n")[:-1]
+    found = evaluate.read_answers(path)
+    content = path.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
     expected = {(row["model"], row["index"]): row for row in map(json.loads, lines)}
     assert {(model, i): row for model, rows in found.items() for i, row in rows.items()} == expected
-    for content in more:
+    for content in (*more, b"[" * 100_000):
         path.write_bytes(written + content + b"\n")
         try:
             evaluate.read_answers(path)
