@@ -69,7 +69,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_of_the_scripts_exist(page):
     """Each command that calls a script uses flags that it has."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = re.sub(r"\\\n(?![+-])", " ", page.read_text(encoding="utf-8"))  # a line of a diff goes on in its own kind
     arguments = {script.__name__: script.Args for script in (repo, ppo_lagrange, sacpo, preference_models)}
     for name, args in (arguments | OTHERS).items():
         flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(args)} | {"--help"}
