@@ -451,7 +451,8 @@ def report_bad_inputs() -> None:
     text = ["# Bad inputs", "", INTRODUCTION.format(total=sum(counts.values()), each=each), ""]
     text += ["| flag | given | scripts | told |", "| --- | --- | --- | --- |"]
     for (flag, what, line), scripts in sorted(rows.items(), key=lambda item: item[0][0]):
-        line = line if len(line) < 300 else f"{line[:200]} ... {line[-60:]}"
+        if len(line) > 300:  # between words
+            line = f"{line[:200].rpartition(' ')[0]} ... {line[-80:].partition(' ')[2]}"
         cells = [f"`{flag}`" if flag else "", what, ", ".join(scripts), f"`{line}`"]
         text.append("| " + " | ".join(cell.replace("|", "\\|").replace("``", "") for cell in cells) + " |")
     (ROOT / "docs" / "bad_inputs.md").write_text("\n".join(text) + "\n", encoding="utf-8")
