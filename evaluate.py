@@ -606,7 +606,7 @@ VIRTUAL_TIES = 1
 
 def tabulate_outcomes(
     outcomes: dict[tuple[str, str, str, int], float], criterion: str, names: list[str], pairs: list[tuple[str, str]],
-    indices: list[int], resamples: int, generator,
+    indices: list[int], resamples: int, generator: torch.Generator,
 ) -> dict[str, dict]:  # fmt: skip
     """For each model its rates against the first of `names` and its Elo by one criterion, as {mean, low, high}.
 
@@ -617,7 +617,7 @@ def tabulate_outcomes(
     results = torch.zeros(len(pairs), 3, len(indices), dtype=torch.float64)
     for i, (a, b) in enumerate(pairs):
         for j, index in enumerate(indices):
-            outcome = outcomes.get((criterion, *sorted((a, b)), index))
+            outcome = outcomes.get((criterion, min(a, b), max(a, b), index))
             if outcome is not None:
                 results[i, round(2 * outcome) if a < b else round(2 - 2 * outcome), j] = 1
     drawn = len(indices) * resample(results.flatten(0, 1), resamples, generator)
@@ -642,8 +642,9 @@ def tabulate_outcomes(
 
 
 def tabulate_verdicts(
-    verdicts: list[dict], names: list[str], pairs: list[tuple[str, str]], indices: list[int], resamples: int, generator
-) -> dict:
+    verdicts: list[dict], names: list[str], pairs: list[tuple[str, str]], indices: list[int], resamples: int,
+    generator: torch.Generator,
+) -> dict:  # fmt: skip
     """For each criterion what was excluded, the position bias, and the figures of tabulate_outcomes."""
     outcomes, criteria = pair_outcomes(verdicts), {}
     for criterion in CRITERIA:
