@@ -453,7 +453,8 @@ def report_bad_inputs() -> int:
                 )
     os.chdir(place)
     shutil.rmtree(folder)
-    each = ", ".join(f"{count} of {script}.py" for script, count in counts.items())
+    names = {"evaluate": "evaluate.py score", "judge": "evaluate.py judge"}
+    each = ", ".join(f"{count} of {names.get(script, f'{script}.py')}" for script, count in counts.items())
     text = ["# Bad inputs", "", INTRODUCTION.format(total=sum(counts.values()), each=each), ""]
     text += ["| flag | given | scripts | told |", "| --- | --- | --- | --- |"]
     for (flag, what, line), scripts in sorted(rows.items(), key=lambda item: item[0][0]):
