@@ -277,11 +277,16 @@ def test_what_is_sent_and_what_is_written(judge, serve, out, responses):
 
 
 def test_requests_at_a_time_are_limited(judge, serve):
-    def slowly(text, number):
+    """The first three after the check are answered when all of them are there; never is there a fourth."""
+    all_there = threading.Barrier(3, timeout=60)
+
+    def reply(text, number):
+        if 2 <= number <= 4:
+            all_there.wait()
         time.sleep(0.01)
         return scores(5, 5)
 
-    server = serve(slowly)
+    server = serve(reply)
     assert judge(server.url, concurrency=3, limit=4).code == 0
     assert server.most == 3
 
