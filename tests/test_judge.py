@@ -888,6 +888,7 @@ HAND = [
     *both_orders("helpfulness", 3, "z", "a", [9, 2], [4, 3]),  # z by 7, then a by 1: z wins
     *both_orders("helpfulness", 4, "z", "a", [7, 3], None),  # unreadable in one order
     verdict("helpfulness", 5, "z", "a", [7, 3]),  # the other order is missing
+    *both_orders("helpfulness", 6, "a", "z", [7, 3], None),  # as in 4, with a first
     *both_orders("harmlessness", 0, "z", "a", [6.6, 6.5], [6.9, 6.8]),  # a tie that plain sums of decimals miss
 ]
 
@@ -921,14 +922,14 @@ def tabulated(verdicts, names, indices, resamples=50, all_pairs=False):
 
 @pytest.mark.parametrize("names", [["z", "a"], ["a", "z"]])
 def test_rates_by_hand(names):
-    """a wins prompt 2, ties prompt 1 and loses prompts 0 and 3; 4 and 5 are out."""
-    figures = tabulated(HAND, names, range(6))["helpfulness"]
+    """a wins prompt 2, ties prompt 1 and loses prompts 0 and 3; 4, 5 and 6 are out."""
+    figures = tabulated(HAND, names, range(7))["helpfulness"]
     a_is_other = names[1] == "a"
     row = figures["models"][names[1]]
     means = [row[key]["mean"] for key in ("wins", "ties", "losses")]
     assert means == ([1 / 4, 1 / 4, 2 / 4] if a_is_other else [2 / 4, 1 / 4, 1 / 4])
-    assert row["pairs"] == 4 and figures["pairs"] == 6 and figures["excluded_pairs"] == 2
-    assert figures["unreadable_verdicts"] == 1 and figures["refused_verdicts"] == 0
+    assert row["pairs"] == 4 and figures["pairs"] == 7 and figures["excluded_pairs"] == 3
+    assert figures["unreadable_verdicts"] == 2 and figures["refused_verdicts"] == 0
     base = figures["models"][names[0]]
     assert base == {"wins": None, "ties": None, "losses": None, "elo": {"mean": 1000, "low": 1000, "high": 1000}}
     odds = (1.5 + 0.5) / (2.5 + 0.5)  # with the virtual tie
