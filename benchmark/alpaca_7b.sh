@@ -70,6 +70,8 @@ EPISODES=${EPISODES:-40000}
 SUITES_REPOSITORY=${SUITES_REPOSITORY:-https://github.com/vinid/safety-tuned-llamas}
 suites="I-MaliciousInstructions I-CoNa I-Controversial I-PhysicalSafetyUnsafe I-PhysicalSafetySafe Q-Harm I-Alpaca"
 SUITE_NAMES=${SUITE_NAMES-$suites}
+# XSTest, safe prompts that sound unsafe: who refuses them has bought its compliance. An id or a file; "" leaves it out.
+XSTEST=${XSTEST-Paul/XSTest}
 
 # Sizes. Batches are global and stay what they are on 8 GPUs whatever the number of GPUs; 16 of them go through a GPU
 # at a time.
@@ -194,13 +196,16 @@ if wanted evaluate; then
     models+=("${more[@]}")
 
     read -ra more <<<"$EVALUATE_EXTRA"
-    for name in saferlhf $SUITE_NAMES; do
-        prompts=$EVAL_DATASET
-        [[ $name == saferlhf ]] || prompts=$SUITES/$name.json
+    for name in saferlhf $SUITE_NAMES ${XSTEST:+xstest}; do
+        case $name in
+        saferlhf) prompts=(--dataset "$EVAL_DATASET" --dataset-split "$EVAL_SPLIT") ;;
+        xstest) prompts=(--suites "xstest=$XSTEST") ;;
+        *) prompts=(--dataset "$SUITES/$name.json" --dataset-split "$EVAL_SPLIT") ;;
+        esac
         # No --resume here: the same command with the same --output-dir goes on by itself.
         launch evaluate evaluate.py score --models "${models[@]}" \
             --reward-model "$EVAL_REWARD_MODEL" --cost-model "$EVAL_COST_MODEL" \
-            --dataset "$prompts" --dataset-split "$EVAL_SPLIT" --eval-size "$SCORE_SIZE" \
+            "${prompts[@]}" --eval-size "$SCORE_SIZE" \
             --prompt-template "$PROMPT_TEMPLATE" --score-prompt-template "$EVAL_SCORE_TEMPLATE" \
             --max-prompt-length "$MAX_PROMPT_LENGTH" --max-new-tokens "$MAX_NEW_TOKENS" --temperature 1 \
             --batch-size "$SCORE_BATCH_SIZE" --dtype "$DTYPE" --seed "$SEED" \

@@ -103,7 +103,7 @@ def test_the_commands_for_alpaca_have_the_settings_of_the_papers():
     runs = launched(commands)
     out = "runs/alpaca_7b-1"
     assert list(runs) == [f"{out}/{name}" for name in ("repo", "ppo_lagrange", "sacpo-dpo", "evaluate/saferlhf")] + [
-        f"{out}/evaluate/{name}" for name in SUITES
+        f"{out}/evaluate/{name}" for name in [*SUITES, "xstest"]
     ]
     policy = dict(model="PKU-Alignment/alpaca-7b-reproduced", prompt_template=BEAVER)
     scores = dict(reward_model="PKU-Alignment/beaver-7b-v1.0-reward", cost_model="PKU-Alignment/beaver-7b-v1.0-cost")
@@ -125,6 +125,7 @@ def test_the_commands_for_alpaca_have_the_settings_of_the_papers():
         data = f"{out}/safety-tuned-llamas/data/evaluation/{name}.json" if name in SUITES else RL["dataset"]
         holds(args, **scores, models=models, prompt_template=BEAVER, score_prompt_template=BEAVER, dataset=data)
         holds(args, dataset_split="test", max_prompt_length=256, max_new_tokens=256, temperature=1, eval_size=0)
+    holds(runs[f"{out}/evaluate/xstest"][2], **scores, models=models, suites=["xstest=Paul/XSTest"])
     clone = ["git", "clone", "--quiet", "--depth", "1", "https://github.com/vinid/safety-tuned-llamas"]
     assert [*clone, f"{out}/safety-tuned-llamas.part"] == commands[1]
 
@@ -291,6 +292,10 @@ def small(files, tmp_path_factory) -> SimpleNamespace:
     suite = folder / "suites" / "data" / "evaluation" / "Q-Harm.json"
     suite.parent.mkdir(parents=True)
     texts = [row["prompt"] for row in tiny.make_pairs(6, seed=5)]
+    xstest = folder / "xstest.csv"
+    xstest.write_text(
+        "prompt,label\n" + "".join(f"{text},{('safe', 'unsafe')[i % 2]}\n" for i, text in enumerate(texts))
+    )
     suite.write_text(json.dumps({"instructions": texts, "inputs": [""] * len(texts)}), encoding="utf-8")
     git = ["git", "-C", str(folder / "suites"), "-c", "user.name=test", "-c", "user.email=test@example.org"]
     for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "suites"]):
@@ -298,8 +303,8 @@ def small(files, tmp_path_factory) -> SimpleNamespace:
     settings = dict(
         GPUS=1, DTYPE="float32", DATASET=files.train, EVAL_DATASET=files.test, SACPO_DATASET=files.train,
         SACPO_EVAL_DATASET=files.test, PTX_DATASET=tiny.write_rows(folder / "alpaca.json", supervised),
-        SUITES_REPOSITORY=f"file://{folder / 'suites'}", SUITE_NAMES="Q-Harm", EPISODES=24, BATCH_SIZE=8,
-        MICRO_BATCH_SIZE=4, SACPO_BATCH_SIZE=16, MAX_PROMPT_LENGTH=64, MAX_NEW_TOKENS=8, MAX_LENGTH=80,
+        SUITES_REPOSITORY=f"file://{folder / 'suites'}", SUITE_NAMES="Q-Harm", XSTEST=xstest, EPISODES=24,
+        BATCH_SIZE=8, MICRO_BATCH_SIZE=4, SACPO_BATCH_SIZE=16, MAX_PROMPT_LENGTH=64, MAX_NEW_TOKENS=8, MAX_LENGTH=80,
         SACPO_PROMPT_LENGTH=64, EVAL_SIZE=4, SACPO_EPOCHS=1, PREFERENCE_EPOCHS=1, SCORE_SIZE=5, SCORE_BATCH_SIZE=8,
         SAVE_EVERY=1, PREFERENCE_SAVE_EVERY=2, EVALUATE_EXTRA="--bootstrap-resamples 20",
     )  # fmt: skip
@@ -335,9 +340,10 @@ def test_alpaca_runs_to_its_end_and_goes_on_where_it_was_stopped(files, small, t
     assert [stage["beta"] for stage in read_summary(out / "sacpo-dpo")["stages"]] == [0.1, 0.025]
     for folder in ("repo/model", "ppo_lagrange/model", "sacpo-dpo/model", "sacpo-dpo/merged/q0.25"):
         AutoModelForCausalLM.from_pretrained(out / folder)
-    for name, prompts in (("saferlhf", 5), ("Q-Harm", 5)):
+    for name, prompts in (("saferlhf", 5), ("Q-Harm", 5), ("xstest", 5)):
         table = json.loads((out / "evaluate" / name / "table.json").read_text(encoding="utf-8"))
         assert table["prompts"] == prompts and list(table["models"]) == ["sft", "repo", "ppo-lagrange", "sacpo-dpo"]
+    assert table["suites"]["xstest"]["to_answer"] == 3 and table["suites"]["xstest"]["models"]["repo"]["over_refusal"]
 
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     outcome = start("alpaca_7b.sh", **settings | dict(SUITE_NAMES=""))
