@@ -1,7 +1,9 @@
 """How fast the scripts are, and how fast TRL is on the same workload, in turn: A B A B, and the ratio of medians.
 
     python benchmark/throughput.py --peer PEER/bin/python       # against TRL 1.9.0, see benchmark/trl_peers.py
-    python benchmark/throughput.py --part scaling               # lengths, batches, processes; phases and floors
+    python benchmark/throughput.py --part processes             # two processes, and one with two threads
+    python benchmark/throughput.py --part lengths --against X   # texts of many lengths, this version and another
+    python benchmark/throughput.py --part scaling               # lengths and batches; phases, floors
     python benchmark/throughput.py --part toy                   # the whole default run on the toy world
 
 Workload: random Llama models of 4 layers, hidden size 256, intermediate size 512, 4 heads, vocabulary 1024; prompts of
@@ -27,7 +29,13 @@ import tyro
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,16 +43,20 @@ import repo  # noqa: E402
 
 CPU = torch.device("cpu")
 VOCABULARY, PROMPT, WARM_UP = 1024, 16, 3
+LAYERS, HIDDEN = 4, 256
+PHASES = ("rollout", "scoring", "update")
 
 
 @dataclass
 class Args:
     """Measure throughput on one machine."""
 
-    part: Literal["peers", "processes", "scaling", "toy"] = "peers"
+    part: Literal["peers", "processes", "lengths", "scaling", "toy"] = "peers"
     """what is measured"""
     peer: str | None = None
     """python of the environment with TRL 1.9.0; without it only ours is measured"""
+    trainer: Literal["all", "ppo", "reward", "dpo"] = "all"
+    """which trainers of TRL; one at a time if there is little time"""
     against: str | None = None
     """folder of another version of the scripts, such as an older commit's, that runs in turn with this one"""
     rounds: int = 3
@@ -53,6 +65,8 @@ class Args:
     """iterations or optimizer steps of a run, the warm-up among them"""
     threads: int = 2
     """threads of all processes together"""
+    figure: str | None = None
+    """file for the curves of `--part scaling`"""
     json: str | None = None
     """file for every figure that was measured"""
 
@@ -67,8 +81,9 @@ def make_workload(folder: Path) -> None:
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left"
     )
     shape = dict(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, pad_token_id=ids["<pad>"], eos_token_id=ids["<eos>"], bos_token_id=ids["<bos>"],
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=4,
+        pad_token_id=ids["<pad>"], eos_token_id=ids["<eos>"], bos_token_id=ids["<bos>"],
     )  # fmt: skip
     torch.manual_seed(0)
     for name in ("policy", "reward", "cost"):
@@ -141,10 +156,11 @@ def ours(
         measured["seconds"] += reading / len(ends)
     if script in ("repo.py", "ppo_lagrange.py"):
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
-        for phase in ("rollout", "scoring", "update"):
+        for phase in PHASES:
             measured[phase] = statistics.median(line[f"seconds_{phase}"] for line in lines)
         measured["tokens"] = statistics.median(line["response_length"] for line in lines) * batch
         measured["tokens_per_second"] = measured["tokens"] / measured["seconds"]
+        measured["all_tokens"] = batch * (PROMPT + new_tokens)
     measured["rate"] = batch / measured["seconds"]
     return measured
 
@@ -166,13 +182,12 @@ def in_turn(title: str, contestants: dict, rounds: int, record: dict) -> None:
             print(f"{title}: {name}: {results[name][-1]['rate']:.1f} a second", file=sys.stderr, flush=True)
     record[title] = results
     first = [result["rate"] for result in next(iter(results.values()))]
-    phases = ("rollout", "scoring", "update")
-    print(f"\n| {title} | a second | range | memory, MiB | first / this | by round | {', '.join(phases)}, s |")
+    print(f"\n| {title} | a second | range | memory, MiB | first / this | by round | {', '.join(PHASES)}, s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, runs in results.items():
         rates = [run["rate"] for run in runs]
         ratios = [one / two for one, two in zip(first, rates, strict=True)]
-        times = [f"{statistics.median(run[phase] for run in runs):.3f}" for phase in phases if phase in runs[0]]
+        times = [f"{statistics.median(run[phase] for run in runs):.3f}" for phase in PHASES if phase in runs[0]]
         print(
             f"| {name} | {statistics.median(rates):.1f} | {min(rates):.1f}-{max(rates):.1f} "
             f"| {statistics.median(run['memory'] for run in runs):.0f} "
@@ -201,12 +216,18 @@ def machine_rates(dtype: torch.dtype) -> tuple[float, float]:
 def peers(folder: Path, args: Args, record: dict) -> None:
     against = args.peer is not None
     contestants = {"repo.py, defaults, six models": lambda: ours("repo.py", folder, args)}
-    contestants |= {"repo.py, float32": lambda: ours("repo.py", folder, args, dtype="float32")}
+    half = repo.compute_dtype("auto", CPU) != torch.float32  # where it is emulated, a run takes minutes
+    if half:
+        contestants |= {"repo.py, float32": lambda: ours("repo.py", folder, args, dtype="float32")}
     if against:
         contestants |= {"TRL PPO, defaults (float32), four models": lambda: peer("ppo", folder, args)}
+    if against and half:
         contestants |= {"TRL PPO, pure bfloat16": lambda: peer("ppo", folder, args, "--weights", "bfloat16")}
-    in_turn("episodes", contestants, args.rounds, record)
+    if args.trainer in ("all", "ppo"):
+        in_turn("episodes", contestants, args.rounds, record)
     for script, trainer in (("preference_models.py", "reward"), ("sacpo.py", "dpo")):
+        if args.trainer not in ("all", trainer):
+            continue
         contestants = {f"{script}, defaults": lambda script=script: ours(script, folder, args)}
         if against:
             name = {"reward": "TRL RewardTrainer", "dpo": "TRL DPOTrainer"}[trainer]
@@ -230,34 +251,89 @@ def processes(folder: Path, args: Args, record: dict) -> None:
         in_turn(f"episodes, --dtype {dtype}", contestants, args.rounds, record)
 
 
+def lengths(folder: Path, args: Args, record: dict) -> None:
+    """Texts of many lengths: prompts of 16 to 64 tokens, responses of up to 256 that end at any of 16 token ids."""
+    for file in (folder / "policy").iterdir():
+        (folder / "endings").mkdir(exist_ok=True)
+        (folder / "endings" / file.name).write_bytes(file.read_bytes())
+    settings = GenerationConfig.from_pretrained(folder / "policy")
+    settings.eos_token_id = [settings.eos_token_id, *range(15)]
+    settings.save_pretrained(folder / "endings")
+    prompts = Dataset.from_parquet(str(folder / "prompts.parquet"))["prompt"][:]
+    words = " ".join(prompts).split()
+    longer = [" ".join(words[row * PROMPT : (row + 1) * PROMPT + row % 49]) for row in range(len(prompts) - 3)]
+    Dataset.from_dict({"prompt": longer}).to_parquet(folder / "longer.parquet")
+    flags = dict(model=folder / "endings", dataset=folder / "longer.parquet", micro_batch_size=16)
+    contestants = {}
+    for root in (ROOT, *([Path(args.against)] if args.against else [])):
+        contestants[root.name] = lambda root=root: ours("repo.py", folder, args, new_tokens=256, root=root, **flags)
+    in_turn("episodes of many lengths", contestants, args.rounds, record)
+
+
+def work(batch: int, new: int) -> tuple[float, float]:
+    """FLOPs of matrix products: of one forward pass of one model over a batch, and of the head over the responses."""
+    tokens = batch * (PROMPT + new)
+    weights = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * 2 * HIDDEN)
+    attention = LAYERS * 2 * HIDDEN * (PROMPT + new) / 2  # keys and values, of the tokens before: half of all
+    return 2 * tokens * (weights + attention), 2 * batch * new * HIDDEN * VOCABULARY
+
+
 def scaling(folder: Path, args: Args, record: dict) -> None:
-    processes(folder, args, record)
+    """Lengths 64 to 512, batches 16 to 256: phases, peak memory, and how far the machine's own rates are."""
     dtype = repo.compute_dtype("auto", CPU)
     torch.set_num_threads(args.threads)
-    products, memory = machine_rates(dtype)
-    print(f"\n{dtype}: {products / 1e9:.0f} GFLOP/s of matrix products, {memory / 1e9:.1f} GB/s of reading\n")
-    record["machine"] = {"dtype": str(dtype), "products": products, "memory": memory}
-    print("| batch | tokens | episodes/s | tokens/s | rollout | scoring | update | ms a token step | update, share |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    blocks, head = 4 * (4 * 256**2 + 3 * 256 * 512), 256 * VOCABULARY  # weights that multiply
-    for batch, new in [(16, 32), (64, 32), (128, 32), (256, 32), (16, 48), (16, 112), (16, 240), (16, 496)]:
+    products, reading = machine_rates(dtype)
+    print(f"\n{dtype}: {products / 1e9:.0f} GFLOP/s of matrix products, {reading / 1e9:.1f} GB/s of reading memory\n")
+    record["machine"] = {"dtype": str(dtype), "products": products, "reading": reading}
+    heads = ["batch", "tokens", "episodes/s", "tokens/s", "memory, MiB", *(f"{phase}, s" for phase in PHASES)]
+    heads += ["scoring, of matrix rate", "update, of matrix rate", "rollout, ms a token", "floor"]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", flush=True)
+    weights = 4 * (LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * 2 * HIDDEN) + HIDDEN * VOCABULARY)  # bytes in float32
+    for batch, new in [(16, 48), (64, 48), (256, 48), (16, 112), (16, 240), (16, 496)]:
         run = record[f"batch {batch}, {PROMPT + new} tokens"] = ours("repo.py", folder, args, batch, new)
-        rows = batch * (PROMPT + new)
-        attention = 2 * 2 * 4 * 256 * (PROMPT + new) / 2  # two products a layer, the causal half
-        flops = 3 * rows * 3 * (2 * blocks + attention) + 3 * 2 * head * batch * new  # backward is twice forward
-        share = flops / run["update"] / products
-        print(
-            f"| {batch} | {PROMPT + new} | {run['rate']:.1f} | {run['tokens_per_second']:.0f} | {run['rollout']:.3f} "
-            f"| {run['scoring']:.3f} | {run['update']:.3f} | {1000 * run['rollout'] / new:.1f} | {share:.0%} |",
-            flush=True,
-        )
+        one, head = work(batch, new)
+        shares = [(3 * one + head) / run["scoring"] / products, 3 * (3 * one + head) / run["update"] / products]
+        cache = 4 * 2 * LAYERS * HIDDEN * batch * (PROMPT + new / 2)  # bytes that a token reads on average
+        floor = max((weights + cache) / reading, (one + head) / (PROMPT + new) / products)
+        cells = [batch, PROMPT + new, *(f"{x:.0f}" for x in (run["rate"], run["rate"] * (PROMPT + new), run["memory"]))]
+        cells += [f"{run[phase]:.2f}" for phase in PHASES] + [f"{share:.0%}" for share in shares]
+        cells += [f"{1000 * run['rollout'] / new:.1f}", f"{1000 * floor:.1f}"]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    if args.figure:
+        draw(record, Path(args.figure))
 
 
-def toy(args: Args, record: dict) -> None:
+def draw(record: dict, path: Path) -> None:
+    """Seconds of each phase over the tokens of an iteration, beside lines of equal seconds a token."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = {name: run for name, run in record.items() if name.startswith("batch")}
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    for axis, what, kept in (
+        (axes[0], "16 episodes of 64 to 512 tokens", "batch 16,"),
+        (axes[1], "16 to 256 episodes of 64 tokens", ", 64 tokens"),
+    ):
+        chosen = [run for name, run in runs.items() if kept in name]
+        for phase in PHASES:
+            axis.plot([run["all_tokens"] for run in chosen], [run[phase] for run in chosen], "o-", label=phase)
+        first = chosen[0]
+        ends = [run["all_tokens"] for run in (first, chosen[-1])]
+        axis.plot(ends, [first["update"] * tokens / ends[0] for tokens in ends], "k:", label="in proportion to tokens")
+        axis.set(xscale="log", yscale="log", xlabel="tokens of an iteration", title=what)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("seconds")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def toy(folder: Path, args: Args, record: dict) -> None:
     """The default run, from the start of the process to its end, and what it reaches."""
     runs = []
     for seed in range(1, args.rounds + 1):
-        out, start = Path(tempfile.mkdtemp()), time.perf_counter()
+        out, start = folder / f"toy-{seed}", time.perf_counter()
         execute([sys.executable, ROOT / "repo.py", "--output-dir", out, "--seed", seed], args.threads)
         after = json.loads((out / "summary.json").read_text())["after"]
         runs.append({"seconds": time.perf_counter() - start, "reward": after["reward"]})
@@ -272,14 +348,8 @@ def main() -> None:
         sys.exit(f"--steps {args.steps}: more than {WARM_UP + 1} are needed")
     with tempfile.TemporaryDirectory() as folder:
         make_workload(Path(folder))
-        if args.part == "peers":
-            peers(Path(folder), args, record)
-        elif args.part == "processes":
-            processes(Path(folder), args, record)
-        elif args.part == "scaling":
-            scaling(Path(folder), args, record)
-        else:
-            toy(args, record)
+        part = {"peers": peers, "processes": processes, "lengths": lengths, "scaling": scaling, "toy": toy}[args.part]
+        part(Path(folder), args, record)
     if args.json:
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
 

@@ -3,10 +3,12 @@
 import statistics
 import sys
 
+import matplotlib.pyplot as plt
 import pytest
 import tiny
 import torch
 from helpers import ROOT, read_lines
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import repo
@@ -91,8 +93,23 @@ def test_the_benchmark_takes_turns_and_reports_ratios_of_medians(capsys):
     assert [run["rate"] for run in record["episodes"]["peer"]] == [10.0, 8.0, 5.0]
 
 
+def test_the_figure_shows_every_run(tmp_path):
+    run = {"rollout": 1.0, "scoring": 0.5, "update": 2.0}
+    shapes = [(16, 64), (64, 64), (256, 64), (16, 512)]
+    record = {f"batch {batch}, {tokens} tokens": run | {"all_tokens": batch * tokens} for batch, tokens in shapes}
+    throughput.draw(record, tmp_path / "speed.png")
+    assert plt.imread(tmp_path / "speed.png").shape[:2] == (374, 990)
+
+
 def test_the_workload_is_what_the_page_says(tmp_path):
+    """Lengths of texts; and the FLOPs that shares of the machine's rate are taken of, by torch's own counter."""
     throughput.make_workload(tmp_path)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
+    batch, length = 2, throughput.PROMPT + 8
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        policy(torch.ones(batch, length, dtype=torch.long), logits_to_keep=8)
+    attention = batch * 4 * 2 * (2 * length**2 * 256) / 2  # two products in each of 4 layers; the half that looks back
+    assert sum(throughput.work(batch, 8)) == counter.get_flop_counts()["Global"][torch.ops.aten.mm] + attention
     tokenizer = repo.load_tokenizer(str(tmp_path / "policy"), False)
     rows = repo.load_rows(str(tmp_path / "pairs.parquet"), "train", ["prompt", "response_0", "response_1"], "--dataset")
     assert {len(tokenizer(text)["input_ids"]) for text in rows["prompt"]} == {throughput.PROMPT}
