@@ -23,6 +23,7 @@ The data have PKU-SafeRLHF's columns.
 import contextlib
 import dataclasses
 import datetime
+import gc
 import hashlib
 import importlib.util
 import io
@@ -174,7 +175,11 @@ class UserError(Exception):
 
 
 def shut_down() -> None:
-    """Leave the process group; without the barrier gloo's threads can abort a process at its exit."""
+    """Leave the process group; without the barrier gloo's threads can abort a process at its exit.
+
+    So can groups that outlive it: models, which are cycles of references, hold those of their meshes.
+    """
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -29,6 +29,7 @@ Without flags it runs on the embedded toy world: on a laptop, offline, in about 
 import contextlib
 import dataclasses
 import datetime
+import gc
 import hashlib
 import importlib.util
 import io
@@ -397,7 +398,11 @@ class UserError(Exception):
 
 
 def shut_down() -> None:
-    """Leave the process group; without the barrier gloo's threads can abort a process at its exit."""
+    """Leave the process group; without the barrier gloo's threads can abort a process at its exit.
+
+    So can groups that outlive it: models, which are cycles of references, hold those of their meshes.
+    """
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

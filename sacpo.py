@@ -35,6 +35,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
 import hashlib
 import importlib.util
 import io
@@ -275,7 +276,11 @@ class UserError(Exception):
 
 
 def shut_down() -> None:
-    """Leave the process group; without the barrier gloo's threads can abort a process at its exit."""
+    """Leave the process group; without the barrier gloo's threads can abort a process at its exit.
+
+    So can groups that outlive it: models, which are cycles of references, hold those of their meshes.
+    """
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

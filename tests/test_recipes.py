@@ -168,7 +168,9 @@ def test_variables_of_the_environment_reach_the_commands(tmp_path):
     assert args.reward_model == "PKU-Alignment/beaver-7b-v1.0-reward"
     assert not Path(out).exists()
     # One's own fine-tuned model takes the place of the stage; the other nodes leave the cloning to the first one.
-    commands = printed("llama_3b.sh", OUT=out, MODEL="mine", STAGES="sft evaluate", SUITE_NAMES="Q-Harm", **nodes)
+    commands = printed(
+        "llama_3b.sh", OUT=out, MODEL="mine", STAGES="sft evaluate", SUITE_NAMES="Q-Harm", XSTEST="", **nodes
+    )
     assert [command[0] for command in commands] == ["torchrun"] * 2
     assert launched(commands)[f"{out}/evaluate/Q-Harm"][2].models == ["sft=mine"]
 
@@ -346,7 +348,7 @@ def test_alpaca_runs_to_its_end_and_goes_on_where_it_was_stopped(files, small, t
     assert table["suites"]["xstest"]["to_answer"] == 3 and table["suites"]["xstest"]["models"]["repo"]["over_refusal"]
 
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    outcome = start("alpaca_7b.sh", **settings | dict(SUITE_NAMES=""))
+    outcome = start("alpaca_7b.sh", **settings | dict(STAGES="repo ppo_lagrange sacpo"))
     assert outcome.returncode == 0, outcome.stderr
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == written
     for name in ("repo", "ppo_lagrange", "sacpo-dpo"):
