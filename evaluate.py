@@ -1870,7 +1870,7 @@ class Endpoint:
 
     def error(self, exception: openai.APIError) -> UserError:
         """The line that ends the run."""
-        hint = "the same command goes on"
+        hint = go_on(self.args)
         if isinstance(exception, openai.AuthenticationError | openai.PermissionDeniedError):
             hint = f"the key comes from the environment variable {self.args.api_key_env}"
             hint += "" if os.environ.get(self.args.api_key_env) else ", which is not set"
@@ -1903,6 +1903,11 @@ class Endpoint:
             row |= {"attempts": row["attempts"] + 1, "reply": reply, "scores": read_scores(reply)}
             row |= {"tokens_in": row["tokens_in"] + tokens_in, "tokens_out": row["tokens_out"] + tokens_out}
         return row
+
+
+def go_on(args: Judge) -> str:
+    """How a run that stopped is taken up: the default directory bears the time, and another would begin anew."""
+    return f"the same command goes on, with --output-dir {args.output_dir}"
 
 
 def cost_of(args: Judge, tokens_in: int, tokens_out: int) -> str:
@@ -1943,7 +1948,7 @@ async def collect(args: Judge, jobs: list[dict], verdicts: list[dict], folder: P
                 await endpoint.check()
             open_evaluation(folder, settings, "verdicts.jsonl")
             bar = tqdm(total=len(jobs) + len(verdicts), initial=len(verdicts), desc="verdicts")
-            workers = [asyncio.create_task(work()) for _ in range(args.concurrency)]
+            workers = [asyncio.create_task(work()) for _ in range(min(args.concurrency, len(jobs)))]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -2834,7 +2839,8 @@ def judge(args: Judge, device: torch.device, mesh) -> None:
         pairs = [pair for pair in itertools.combinations(names, 2) if args.all_pairs or pair[0] == names[0]]
         if args.output_dir is not None and not args.output_dir.strip():
             raise UserError("--output-dir is empty; give a directory, or leave the flag out")
-        folder = Path(args.output_dir or f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+        args.output_dir = args.output_dir or f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(args.output_dir)
         if args.export_blind is not None:
             return export_blind(args, answers, pairs)
         if args.import_blind:
@@ -2857,7 +2863,7 @@ def judge(args: Judge, device: torch.device, mesh) -> None:
     with agreed(), written(folder):
         stopped = asyncio.run(collect(args, jobs, verdicts, folder, settings))
     if stopped:
-        print(f"stopped with {len(verdicts)} verdicts in {folder}; the same command goes on", file=sys.stderr)
+        print(f"stopped with {len(verdicts)} verdicts in {folder}; {go_on(args)}", file=sys.stderr)
         shut_down()
         sys.exit(128 + stopped)
     with agreed(), written(folder):

@@ -637,6 +637,18 @@ def test_signals_stop_the_check(judge, serve, out):
     assert outcome.code == 128 + signal.SIGINT and "stopped with 0 verdicts" in outcome.err and not out.exists()
 
 
+def test_the_default_directory_is_named_by_what_goes_on(judge, serve, tmp_path, monkeypatch):
+    """It bears the time: the same words alone would begin another one and pay for every verdict again."""
+    monkeypatch.chdir(tmp_path)
+    reply, go_on = stalling(18, workers=3, then=lambda: os.kill(os.getpid(), signal.SIGINT))
+    outcome = judge(serve(reply).url, concurrency=3, output_dir=None)
+    go_on.set()
+    (folder,) = Path("runs").iterdir()
+    assert outcome.err.rstrip().endswith(f"the same command goes on, with --output-dir {folder}")
+    assert judge(serve(exact_scores).url, output_dir=folder).code == 0
+    assert sorted(keys(folder)) == sorted(all_keys(AGAINST_SFT)) and len(list(Path("runs").iterdir())) == 1
+
+
 def test_more_prompts_more_models_and_other_addresses_go_on(judge, serve, out):
     assert judge(serve(exact_scores).url, "--models", "sft", "repo", limit=2).code == 0
     server = serve(exact_scores)
