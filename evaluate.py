@@ -38,6 +38,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import fcntl
 import gc
 import hashlib
 import io
@@ -1552,7 +1553,7 @@ def earlier_settings(folder: Path, settings: dict, cls, free: set[str]) -> dict 
     """args.json of an output directory that goes on, None for a new one; one made with other settings is refused."""
     if not (folder / "args.json").exists():
         results = ("responses.jsonl", "verdicts.jsonl", "table.json", "judge.json", "metrics.jsonl")
-        held = [name for name in results if (folder / name).exists()]
+        held = [name for name in results if (folder / name).exists() and (folder / name).stat().st_size]
         if held:
             raise UserError(f"--output-dir {folder} holds {held[0]}, but no args.json; choose another directory")
         return None
@@ -1623,12 +1624,22 @@ def written(folder: Path):
         raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
 
 
-def open_evaluation(folder: Path, settings: dict, rows: str) -> None:
-    """Make the output directory or go on in it: write args.json and cut off a torn last line of the file of rows."""
+def open_evaluation(folder: Path, settings: dict, rows: str):
+    """Make the output directory or go on in it: write args.json and cut off a torn last line of the file of rows.
+
+    Returns that file, locked until it is closed: a second process would make, and pay for, every row again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / rows).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--output-dir {folder} is in use by another process; let it end, or choose another") from None
+    except OSError:
+        pass  # a file system without locks
     write_json(folder / "args.json", settings)
-    with (folder / rows).open("ab") as file:
-        file.truncate((folder / rows).read_bytes().rfind(b"\n") + 1)
+    file.truncate((folder / rows).read_bytes().rfind(b"\n") + 1)
+    return file
 
 
 def report(args: Score, folder: Path, settings: dict, names: list[str]) -> None:
@@ -1946,15 +1957,15 @@ async def collect(args: Judge, jobs: list[dict], verdicts: list[dict], folder: P
         async with endpoint.client:
             if jobs:
                 await endpoint.check()
-            open_evaluation(folder, settings, "verdicts.jsonl")
-            bar = tqdm(total=len(jobs) + len(verdicts), initial=len(verdicts), desc="verdicts")
-            workers = [asyncio.create_task(work()) for _ in range(min(args.concurrency, len(jobs)))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                bar.close()
+            with open_evaluation(folder, settings, "verdicts.jsonl"):
+                bar = tqdm(total=len(jobs) + len(verdicts), initial=len(verdicts), desc="verdicts")
+                workers = [asyncio.create_task(work()) for _ in range(min(args.concurrency, len(jobs)))]
+                try:
+                    await asyncio.gather(*workers)
+                finally:
+                    for worker in workers:
+                        worker.cancel()
+                    bar.close()
     except asyncio.CancelledError:
         if not caught:
             raise
@@ -2771,7 +2782,7 @@ def score(args: Score, device: torch.device, mesh) -> None:
             scorers.append(scorer)
     with agreed(), written(folder):
         if rank == 0:
-            open_evaluation(folder, settings, "responses.jsonl")
+            locked = open_evaluation(folder, settings, "responses.jsonl")
 
     # ---- Answers and scores, one model in memory at a time
     # All models draw from the same numbers: they differ by the model alone, and so does the next one that is added.
@@ -2826,6 +2837,7 @@ def score(args: Score, device: torch.device, mesh) -> None:
     with agreed(), written(folder):
         if rank == 0:
             report(args, folder, settings, list(models))
+            locked.close()
 
 
 # ======================================================================================================================

@@ -649,6 +649,19 @@ def test_the_default_directory_is_named_by_what_goes_on(judge, serve, tmp_path, 
     assert sorted(keys(folder)) == sorted(all_keys(AGAINST_SFT)) and len(list(Path("runs").iterdir())) == 1
 
 
+def test_a_directory_that_another_process_writes_is_refused(judge, serve, out):
+    """Two would ask, and pay, for the same verdicts twice."""
+    server = serve(exact_scores)
+    assert judge(server.url, limit=1).code == 0
+    with evaluate.open_evaluation(out, json.loads((out / "args.json").read_text()), "verdicts.jsonl"):
+        before = contents(out)
+        outcome = judge(server.url)
+        assert outcome.code == 2 and f"--output-dir {out} is in use by another process" in outcome.errors[0]
+        assert contents(out) == before
+    assert judge(server.url).code == 0
+    assert sorted(keys(out)) == sorted(all_keys(AGAINST_SFT))
+
+
 def test_more_prompts_more_models_and_other_addresses_go_on(judge, serve, out):
     assert judge(serve(exact_scores).url, "--models", "sft", "repo", limit=2).code == 0
     server = serve(exact_scores)
