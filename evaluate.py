@@ -2121,11 +2121,13 @@ def read_person(sheet: Path, answers: dict[str, dict[int, dict]]) -> tuple[dict[
         pair = pairs[id]
         if digest_texts(*(row[name] for name in SHEET[1:4])) != pair["sha256"]:
             raise UserError(f"{where} (id {id}): prompt and answers are not those that were exported with {key}")
-        try:
-            changed = digest_texts(*pair_texts(pair, answers)) != pair["sha256"]
-        except KeyError:
-            changed = True
-        if changed:
+        for name in (pair["first"], pair["second"]):
+            if pair["index"] not in answers.get(name, {}):
+                raise UserError(
+                    f"{where} (id {id}): --responses, --models, --base and --limit leave out prompt {pair['index']} of "
+                    f"{name}; choose all answers that were exported"
+                )
+        if digest_texts(*pair_texts(pair, answers)) != pair["sha256"]:
             raise UserError(f"{where} (id {id}): --responses has other answers than those that were exported")
         model_a, model_b = sorted((pair["first"], pair["second"]))
         for criterion in CRITERIA:
