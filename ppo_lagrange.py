@@ -1570,7 +1570,15 @@ def load_supervised(args: Args, tokenizer) -> list[tuple[list[int], list[int]]]:
     heads = encode_prompts(tokenizer, args.prompt_template, prompts, f"{flag} {args.ptx_dataset}") if rows else []
     longest = args.max_prompt_length + args.max_new_tokens
     texts = encode_scored(tokenizer, prompts, [response for _, response in rows], args.prompt_template, longest)
-    kept = [part(text, head) for text, head in zip(texts, heads, strict=True) if len(head) <= args.max_prompt_length]
+    kept = []
+    for prompt, text, head in zip(prompts, texts, heads, strict=True):
+        if len(head) <= args.max_prompt_length:
+            kept.append(part(text, head))
+            if not kept[-1][0]:
+                raise UserError(
+                    f"{flag} {args.ptx_dataset}: no token of the prompt {prompt!r} comes before its response; end "
+                    "--prompt-template in a space, or take it out of the data"
+                )
     dropped = len(columns["prompt"]) - len(kept)
     if dropped and dist.get_rank() == 0:
         limit = f"--max-prompt-length {args.max_prompt_length}"

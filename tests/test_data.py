@@ -319,6 +319,9 @@ def test_prompts_and_responses_in_a_template(processes, tmp_path):
     # A prompt's last token that joins with the response is one the policy would not have sampled after that prompt.
     joined = load_supervised(tiny.write_rows(tmp_path / "joined.jsonl", [dict(prompt="ba k", response="e sa")]))
     assert [(words(prompt), words(response)) for prompt, response in joined] == [("ba", "ke sa <eos>")]
+    # One whose only token joins leaves nothing that the response's first token could be predicted from.
+    with pytest.raises(repo.UserError, match="no token of the prompt 'k' comes before its response"):
+        load_supervised(tiny.write_rows(tmp_path / "alone.jsonl", [dict(prompt="k", response="e sa")]))
 
 
 def test_supervised_texts_as_tensors():

@@ -203,7 +203,7 @@ def test_supervised_texts(tmp_path_factory, processes, rows):
     except repo.UserError as error:
         assert str(path) in str(error)
     else:
-        assert all(len(prompt) <= 6 and 0 < len(prompt + response) <= 10 and response for prompt, response in found)
+        assert all(0 < len(prompt) <= 6 and len(prompt + response) <= 10 and response for prompt, response in found)
 
 
 # ---- Templates and tokens
