@@ -552,7 +552,8 @@ def load_rows(name: str, split: str, columns: list[str], flag: str, others: tupl
         values = {column: rows[column][:] for column in columns if column in rows.column_names}
     except Exception as exception:
         reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
-        if isinstance(exception, StopIteration) or "corresponds to no data" in reason:
+        # No first row to tell columns by, an empty slice, an empty parquet file
+        if isinstance(exception, StopIteration) or re.search("corresponds to no data|BatchSize .* got 0", reason):
             reason = "it has no rows"
         raise UserError(
             f"{flag} {name}: split '{split}' cannot be read: {reason or type(exception).__name__}"

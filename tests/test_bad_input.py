@@ -5,10 +5,12 @@ import os
 import shutil
 import sys
 
+import pyarrow
 import pytest
 import tiny
 import torch
 from helpers import ROOT, changed, command, contents, finish, read_lines, read_summary, recorded_updates, start
+from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -263,6 +265,9 @@ def test_an_empty_folder_and_an_unknown_split(refused, files, tmp_path, script):
     refused(script, f"--dataset {tmp_path / 'empty'}", dataset=tmp_path / "empty")
     refused(script, f"--dataset {files.train}", "train[:0]", dataset_split="train[:0]")
     refused(script, f"--dataset {files.train}", "train[", dataset_split="train[")
+    nothing = tmp_path / "nothing.parquet"
+    parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), nothing)
+    refused(script, f"--dataset {nothing}", "it has no rows", dataset=nothing)
 
 
 @BOTH
