@@ -857,7 +857,7 @@ def unsharded(model: nn.Module):
 
 @contextlib.contextmanager
 def writing(beside: Path):
-    """Write to NAME.part first, which is then renamed; tell what cannot be written, such as on a full disk."""
+    """Hold the writing of `beside`, NAME.part, up to its renaming; tell what cannot be written, as on a full disk."""
     try:
         yield
     except (Exception, dcp.api.CheckpointException) as exception:
