@@ -25,6 +25,14 @@ import repo  # noqa: E402
 transformers.logging.disable_progress_bar()
 
 
+# Files of few tests that take long; first of all, so that neither worker waits for the other at the end.
+LONGEST = ("test_recipes.py", "test_processes.py", "test_resume.py", "test_memory.py", "test_data.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def processes():
     """(device, mesh) of a group of one process, for everything that needs one."""

@@ -80,7 +80,7 @@ def start_nodes(nodes: int, processes: int, program: list, python_path: Path | s
     return [start([*launcher, *program], python_path=python_path) for _ in range(nodes)]
 
 
-def finish(process: subprocess.Popen, seconds: float = 120) -> Outcome:
+def finish(process: subprocess.Popen, seconds: float = 300) -> Outcome:
     """Wait for a started program; one that hangs is ended with all its ranks, and the test fails."""
     try:
         out, err = process.communicate(timeout=seconds)
