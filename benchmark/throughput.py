@@ -323,6 +323,9 @@ def draw(record: dict, path: Path) -> None:
         ends = [run["all_tokens"] for run in (first, chosen[-1])]
         axis.plot(ends, [first["update"] * tokens / ends[0] for tokens in ends], "k:", label="in proportion to tokens")
         axis.set(xscale="log", yscale="log", xlabel="tokens of an iteration", title=what)
+        ticks = [run["all_tokens"] for run in chosen]
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("seconds")
     axes[0].legend()
