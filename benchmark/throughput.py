@@ -10,6 +10,9 @@ Workload: random Llama models of 4 layers, hidden size 256, intermediate size 51
 16 tokens, 32 response tokens, 64 responses an iteration; 64 pairs an optimizer step, responses of 8 to 32 tokens. Ours
 are whole processes of the scripts, `repo.py` with its six models, read from their own logs. The first three steps of
 every run are warm-up and do not count. Times are wall times, so give the machine nothing else to do.
+
+`--shape 1B` is for a GPU of 141 GB: TinyLlama's shape, prompts and responses of 256 tokens, 16 at a time. Only
+`--part scaling` and `--part peers --trainer ppo` have it.
 """
 
 import json
@@ -22,7 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
@@ -41,10 +44,42 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import repo  # noqa: E402
 
-CPU = torch.device("cpu")
-VOCABULARY, PROMPT, WARM_UP = 1024, 16, 3
-LAYERS, HIDDEN = 4, 256
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WARM_UP = 3
 PHASES = ("rollout", "scoring", "update")
+
+
+class Shape(NamedTuple):
+    """A Llama model, and texts for it."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    prompt: int  # tokens of a prompt
+    response: int  # tokens of a response
+    rows: int  # texts in a micro-batch at most
+
+    @property
+    def config(self) -> dict:
+        return dict(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+        )  # fmt: skip
+
+    @property
+    def weights(self) -> int:
+        """Weights of the blocks, without those of norms."""
+        attention = 2 * self.hidden**2 * (1 + self.kv_heads / self.heads)
+        return int(self.layers * (attention + 3 * self.hidden * self.intermediate))
+
+
+SHAPES = {
+    "small": Shape(4, 256, 512, 4, 4, 1024, prompt=16, response=32, rows=256),
+    "1B": Shape(22, 2048, 5632, 32, 4, 32000, prompt=256, response=256, rows=16),
+}
 
 
 @dataclass
@@ -53,6 +88,8 @@ class Args:
 
     part: Literal["peers", "processes", "lengths", "scaling", "toy"] = "peers"
     """what is measured"""
+    shape: Literal["small", "1B"] = "small"
+    """models and texts; 1B: for a large GPU, by --part scaling, or --part peers --trainer ppo"""
     peer: str | None = None
     """python of the environment with TRL 1.9.0; without it only ours is measured"""
     trainer: Literal["all", "ppo", "reward", "dpo"] = "all"
@@ -71,25 +108,23 @@ class Args:
     """file for every figure that was measured"""
 
 
-def make_workload(folder: Path) -> None:
+def make_workload(folder: Path, shape: Shape = SHAPES["small"]) -> None:
     """Models with random weights, prompts and pairs, the same for every run."""
-    words = [f"w{i}" for i in range(VOCABULARY - 3)]
+    words = [f"w{i}" for i in range(shape.vocabulary - 3)]
     ids = {word: i for i, word in enumerate([*words, "<pad>", "<eos>", "<bos>"])}
     core = Tokenizer(models.WordLevel(ids, unk_token="w0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left"
     )
-    shape = dict(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=4,
-        pad_token_id=ids["<pad>"], eos_token_id=ids["<eos>"], bos_token_id=ids["<bos>"],
-    )  # fmt: skip
+    special = dict(pad_token_id=ids["<pad>"], eos_token_id=ids["<eos>"], bos_token_id=ids["<bos>"])
     torch.manual_seed(0)
     for name in ("policy", "reward", "cost"):
         kind = LlamaForCausalLM if name == "policy" else LlamaForSequenceClassification
         labels = {} if name == "policy" else {"num_labels": 1}
-        kind(LlamaConfig(**shape, **labels)).save_pretrained(folder / name)
+        with DEVICE:
+            model = kind(LlamaConfig(**shape.config, **special, **labels))
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     generator = torch.Generator().manual_seed(0)
 
@@ -97,7 +132,7 @@ def make_workload(folder: Path) -> None:
         length = int(torch.randint(least, most + 1, (1,), generator=generator))
         return " ".join(words[i] for i in torch.randint(len(words), (length,), generator=generator).tolist())
 
-    prompts = [text(PROMPT, PROMPT) for _ in range(4096)]
+    prompts = [text(shape.prompt, shape.prompt) for _ in range(4096)]
     Dataset.from_dict({"prompt": prompts}).to_parquet(folder / "prompts.parquet")
     pairs = [
         {"prompt": prompt, "response_0": text(8, 32), "response_1": text(8, 32), "better_response_id": i % 2}
@@ -108,17 +143,23 @@ def make_workload(folder: Path) -> None:
 
 
 def execute(command: list, threads: int) -> tuple[str, float]:
-    """Run a command. Returns what it printed and its largest memory in MiB (its largest process)."""
+    """Run a command. Returns what it printed and its largest memory in MiB (its largest process; the GPU's if any)."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else 0
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(list(map(str, command)), env=environment, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        on_gpu = 0
+        while not (ended := os.wait4(process.pid, os.WNOHANG if DEVICE.type == "cuda" else 0))[0]:
+            on_gpu = max(on_gpu, free - torch.cuda.mem_get_info()[0])
+            time.sleep(0.2)
+        _, status, usage = ended
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read()
     if process.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{text[-3000:]}")
-    return text, usage.ru_maxrss / 1024
+    return text, on_gpu / 2**20 or usage.ru_maxrss / 1024
 
 
 def step_ends(run: Path, prefix: str = "") -> list[float]:
@@ -130,16 +171,22 @@ def step_ends(run: Path, prefix: str = "") -> list[float]:
 
 
 def ours(
-    script: str, folder: Path, args: Args, batch: int = 64, new_tokens: int = 32, processes: int = 1, root=ROOT, **flags
+    script: str, folder: Path, args: Args, batch: int = 64, new_tokens: int = 0, processes: int = 1, root=ROOT, **flags
 ) -> dict:
-    """Run a script. Returns a dictionary: episodes (pairs) a second, seconds by phase, tokens a second, memory."""
-    out = Path(tempfile.mkdtemp(dir=folder))
-    common = {"output_dir": out, "seed": 1, "batch_size": batch, "micro_batch_size": batch, "learning_rate": 1e-5}
+    """Run a script. Returns a dictionary: episodes (pairs) a second, seconds by phase, tokens a second, memory.
+
+    new_tokens: tokens of a response, if not those of the shape.
+    """
+    out, shape = Path(tempfile.mkdtemp(dir=folder)), SHAPES[args.shape]
+    new_tokens = new_tokens or shape.response
+    common = {"output_dir": out, "seed": 1, "batch_size": batch, "micro_batch_size": min(batch, shape.rows)}
+    common |= {"learning_rate": 1e-5}
     if script in ("repo.py", "ppo_lagrange.py"):
         common |= {name: folder / name.partition("_")[0] for name in ("reward_model", "cost_model")}
         common |= {"model": folder / "policy", "dataset": folder / "prompts.parquet", "eval_split": "train"}
         common |= {"eval_dataset": folder / "prompts.parquet", "eval_size": processes, "eval_every": 0}
         common |= {"max_new_tokens": new_tokens, "total_episodes": batch * args.steps}
+        common |= {"max_prompt_length": max(64, shape.prompt)}
     else:
         rows = batch * max(args.steps, 64)  # a whole epoch, over which SACPO's one reading of its reference is spread
         common |= {"model": folder / "policy", "dataset": folder / "pairs.parquet", "epochs": 1}
@@ -160,7 +207,7 @@ def ours(
             measured[phase] = statistics.median(line[f"seconds_{phase}"] for line in lines)
         measured["tokens"] = statistics.median(line["response_length"] for line in lines) * batch
         measured["tokens_per_second"] = measured["tokens"] / measured["seconds"]
-        measured["all_tokens"] = batch * (PROMPT + new_tokens)
+        measured["all_tokens"] = batch * (shape.prompt + new_tokens)
     measured["rate"] = batch / measured["seconds"]
     return measured
 
@@ -168,7 +215,9 @@ def ours(
 def peer(trainer: str, folder: Path, args: Args, *flags: str) -> dict:
     """Run a trainer of TRL on the same workload."""
     script = ROOT / "benchmark" / "trl_peers.py"
-    text, memory = execute([args.peer, script, trainer, folder, "--steps", args.steps, *flags], args.threads)
+    shape = SHAPES[args.shape]
+    settings = ["--steps", args.steps, "--new-tokens", shape.response, "--micro-batch-size", min(64, shape.rows)]
+    text, memory = execute([args.peer, script, trainer, folder, *settings, *flags], args.threads)
     seconds = statistics.median(json.loads(text.strip().splitlines()[-1])["steps"][WARM_UP:])
     return {"seconds": seconds, "rate": 64 / seconds, "memory": memory}
 
@@ -205,18 +254,21 @@ def machine_rates(dtype: torch.dtype) -> tuple[float, float]:
         for _ in range(times):
             start = time.perf_counter()
             function()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    large = torch.ones(2**27)
-    return 2 * 2048**3 / best(lambda: a @ b), large.numel() * 4 / best(large.sum)
+    side, numbers = (8192, 2**30) if DEVICE.type == "cuda" else (2048, 2**27)
+    a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
+    large = torch.ones(numbers, device=DEVICE)
+    return 2 * side**3 / best(lambda: a @ b), large.numel() * 4 / best(large.sum)
 
 
 def peers(folder: Path, args: Args, record: dict) -> None:
     against = args.peer is not None
     contestants = {"repo.py, defaults, six models": lambda: ours("repo.py", folder, args)}
-    half = repo.compute_dtype("auto", CPU) != torch.float32  # where it is emulated, a run takes minutes
+    half = repo.compute_dtype("auto", DEVICE) != torch.float32  # where it is emulated, a run takes minutes
     if half:
         contestants |= {"repo.py, float32": lambda: ours("repo.py", folder, args, dtype="float32")}
     if against:
@@ -239,7 +291,7 @@ def peers(folder: Path, args: Args, record: dict) -> None:
 
 
 def processes(folder: Path, args: Args, record: dict) -> None:
-    for dtype in dict.fromkeys([str(repo.compute_dtype("auto", CPU)).removeprefix("torch."), "float32"]):
+    for dtype in dict.fromkeys([str(repo.compute_dtype("auto", DEVICE)).removeprefix("torch."), "float32"]):
         contestants = {}
         for count, name in ((2, "two processes"), (1, "one process, two threads")):
             for root in (ROOT, *([Path(args.against)] if args.against else [])):
@@ -261,7 +313,8 @@ def lengths(folder: Path, args: Args, record: dict) -> None:
     settings.save_pretrained(folder / "endings")
     prompts = Dataset.from_parquet(str(folder / "prompts.parquet"))["prompt"][:]
     words = " ".join(prompts).split()
-    longer = [" ".join(words[row * PROMPT : (row + 1) * PROMPT + row % 49]) for row in range(len(prompts) - 3)]
+    least = SHAPES["small"].prompt
+    longer = [" ".join(words[row * least : (row + 1) * least + row % 49]) for row in range(len(prompts) - 3)]
     Dataset.from_dict({"prompt": longer}).to_parquet(folder / "longer.parquet")
     flags = dict(model=folder / "endings", dataset=folder / "longer.parquet", micro_batch_size=16)
     contestants = {}
@@ -270,17 +323,17 @@ def lengths(folder: Path, args: Args, record: dict) -> None:
     in_turn("episodes of many lengths", contestants, args.rounds, record)
 
 
-def work(batch: int, new: int) -> tuple[float, float]:
+def work(shape: Shape, batch: int, new: int) -> tuple[float, float]:
     """FLOPs of matrix products: of one forward pass of one model over a batch, and of the head over the responses."""
-    tokens = batch * (PROMPT + new)
-    weights = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * 2 * HIDDEN)
-    attention = LAYERS * 2 * HIDDEN * (PROMPT + new) / 2  # keys and values, of the tokens before: half of all
-    return 2 * tokens * (weights + attention), 2 * batch * new * HIDDEN * VOCABULARY
+    length = shape.prompt + new
+    attention = shape.layers * 2 * shape.hidden * length / 2  # keys and values, of the tokens before: half of all
+    return 2 * batch * length * (shape.weights + attention), 2 * batch * new * shape.hidden * shape.vocabulary
 
 
 def scaling(folder: Path, args: Args, record: dict) -> None:
     """Lengths 64 to 512, batches 16 to 256: phases, peak memory, and how far the machine's own rates are."""
-    dtype = repo.compute_dtype("auto", CPU)
+    shape = SHAPES[args.shape]
+    dtype = repo.compute_dtype("auto", DEVICE)
     torch.set_num_threads(args.threads)
     products, reading = machine_rates(dtype)
     print(f"\n{dtype}: {products / 1e9:.0f} GFLOP/s of matrix products, {reading / 1e9:.1f} GB/s of reading memory\n")
@@ -288,18 +341,21 @@ def scaling(folder: Path, args: Args, record: dict) -> None:
     heads = ["batch", "tokens", "episodes/s", "tokens/s", "memory, MiB", *(f"{phase}, s" for phase in PHASES)]
     heads += ["scoring, of matrix rate", "update, of matrix rate", "rollout, ms a token", "floor"]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", flush=True)
-    weights = 4 * (LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * 2 * HIDDEN) + HIDDEN * VOCABULARY)  # bytes in float32
-    for batch, new in [(16, 48), (64, 48), (256, 48), (16, 112), (16, 240), (16, 496)]:
-        run = record[f"batch {batch}, {PROMPT + new} tokens"] = ours("repo.py", folder, args, batch, new)
-        one, head = work(batch, new)
+    weights = dtype.itemsize * (shape.weights + shape.hidden * shape.vocabulary)  # bytes
+    small = [(16, 48), (64, 48), (256, 48), (16, 112), (16, 240), (16, 496)]
+    for batch, new in small if args.shape == "small" else [(16, shape.response), (64, shape.response)]:
+        length = shape.prompt + new
+        run = record[f"batch {batch}, {length} tokens"] = ours("repo.py", folder, args, batch, new)
+        one, head = work(shape, batch, new)
         shares = [(3 * one + head) / run["scoring"] / products, 3 * (3 * one + head) / run["update"] / products]
-        cache = 4 * 2 * LAYERS * HIDDEN * batch * (PROMPT + new / 2)  # bytes that a token reads on average
-        floor = max((weights + cache) / reading, (one + head) / (PROMPT + new) / products)
-        cells = [batch, PROMPT + new, *(f"{x:.0f}" for x in (run["rate"], run["rate"] * (PROMPT + new), run["memory"]))]
+        of_token = dtype.itemsize * 2 * shape.layers * shape.hidden * shape.kv_heads // shape.heads  # in the cache
+        cache = of_token * batch * (shape.prompt + new / 2)  # bytes that a step reads on average
+        floor = max((weights + cache) / reading, (one + head) / length / products)
+        cells = [batch, length, *(f"{x:.0f}" for x in (run["rate"], run["rate"] * length, run["memory"]))]
         cells += [f"{run[phase]:.2f}" for phase in PHASES] + [f"{share:.0%}" for share in shares]
         cells += [f"{1000 * run['rollout'] / new:.1f}", f"{1000 * floor:.1f}"]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    if args.figure:
+    if args.figure and args.shape == "small":
         draw(record, Path(args.figure))
 
 
@@ -349,8 +405,10 @@ def main() -> None:
     args, record = tyro.cli(Args), {}
     if args.steps <= WARM_UP + 1:
         sys.exit(f"--steps {args.steps}: more than {WARM_UP + 1} are needed")
+    if args.shape != "small" and (args.part, args.trainer) != ("peers", "ppo") and args.part != "scaling":
+        sys.exit(f"--shape {args.shape} is for --part scaling, or --part peers --trainer ppo")
     with tempfile.TemporaryDirectory() as folder:
-        make_workload(Path(folder))
+        make_workload(Path(folder), SHAPES[args.shape])
         part = {"peers": peers, "processes": processes, "lengths": lengths, "scaling": scaling, "toy": toy}[args.part]
         part(Path(folder), args, record)
     if args.json:

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--micro-batch-size", type=int, default=64, help="texts of one forward and backward pass")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="type the weights have")
     parser.add_argument("--tuned", action="store_true", help="reward, dpo: without their default of recomputing")
@@ -55,8 +56,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.folder / "policy", padding_side="left")
     settings = dict(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.batch_size // args.micro_batch_size,
         learning_rate=1e-5,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
@@ -78,7 +79,7 @@ def main() -> None:
             num_ppo_epochs=1,
             total_episodes=args.batch_size * args.steps,
             response_length=args.new_tokens,
-            local_rollout_forward_batch_size=args.batch_size,
+            local_rollout_forward_batch_size=args.micro_batch_size,
             num_sample_generations=0,
             bf16=False,
             gradient_checkpointing=False,

@@ -9,7 +9,7 @@ import tiny
 import torch
 from helpers import ROOT, read_lines
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import repo
 
@@ -101,17 +101,27 @@ def test_the_figure_shows_every_run(tmp_path):
     assert plt.imread(tmp_path / "speed.png").shape[:2] == (374, 990)
 
 
+@pytest.mark.parametrize("name, size", [("small", 2_621_440), ("1B", 968_884_224)])
+def test_the_weights_of_a_shape_are_those_of_its_model(name, size):
+    shape = throughput.SHAPES[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape.config))
+    counted = sum(weight.numel() for weight in model.model.layers.parameters() if weight.dim() == 2)
+    assert shape.weights == counted == size
+
+
 def test_the_workload_is_what_the_page_says(tmp_path):
     """Lengths of texts; and the FLOPs that shares of the machine's rate are taken of, by torch's own counter."""
+    shape = throughput.SHAPES["small"]
     throughput.make_workload(tmp_path)
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32)
-    batch, length = 2, throughput.PROMPT + 8
+    batch, length = 2, shape.prompt + 8
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         policy(torch.ones(batch, length, dtype=torch.long), logits_to_keep=8)
     attention = batch * 4 * 2 * (2 * length**2 * 256) / 2  # two products in each of 4 layers; the half that looks back
-    assert sum(throughput.work(batch, 8)) == counter.get_flop_counts()["Global"][torch.ops.aten.mm] + attention
+    assert sum(throughput.work(shape, batch, 8)) == counter.get_flop_counts()["Global"][torch.ops.aten.mm] + attention
     tokenizer = repo.load_tokenizer(str(tmp_path / "policy"), False)
     rows = repo.load_rows(str(tmp_path / "pairs.parquet"), "train", ["prompt", "response_0", "response_1"], "--dataset")
-    assert {len(tokenizer(text)["input_ids"]) for text in rows["prompt"]} == {throughput.PROMPT}
+    assert {len(tokenizer(text)["input_ids"]) for text in rows["prompt"]} == {shape.prompt}
     lengths = {len(tokenizer(text)["input_ids"]) for name in ("response_0", "response_1") for text in rows[name]}
     assert lengths == set(range(8, 33))
