@@ -725,7 +725,8 @@ def sample_responses(
         pad_token_id=tokenizer.pad_token_id,
     )
     own_config, policy.generation_config = policy.generation_config, config
-    with unsharded(policy) if whole else contextlib.nullcontext():
+    # Compiled blocks (--compile) would pay for checks at every token, and for versions that read a cache.
+    with torch.compiler.set_stance("force_eager"), unsharded(policy) if whole else contextlib.nullcontext():
         sequences = policy.generate(
             prompt_ids.to(device),
             attention_mask=prompt_mask.to(device),
@@ -1147,13 +1148,14 @@ def is_small(model: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) < 2**28
 
 
-def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
+def shard(model: nn.Module, mesh, dtype: torch.dtype, compiled: bool = False, cpu_offload: bool = False) -> nn.Module:
     """FSDP2: each transformer block is gathered when it computes, the rest with the root.
 
     A small model is not sharded: every rank has a copy, and only gradients are exchanged.
 
     The weights are those of rank 0, the only process that ever holds them all; they reach the others tensor by tensor.
     The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
+    compiled: whether the blocks are compiled when they first compute; those of one shape share the code.
     """
     weights = model.state_dict() if dist.get_rank() == 0 else {}
     # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
@@ -1166,6 +1168,9 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     units = [module for module in model.modules() if type(module).__name__ in blocks] + [model]
+    for block in units[:-1] if compiled else ():
+        torch._dynamo.config.recompile_limit = 64  # versions of that code: models, with and without gradients, lengths
+        block.compile()
     if is_small(model):  # in FSDP2's terms: shards over one rank, replicated over all
         units, shape = [model], (dist.get_world_size(), 1)
         mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
@@ -2783,7 +2788,7 @@ def score(args: Score, device: torch.device, mesh) -> None:
                 if any(reads_tokens_of(args, scorer, tokenizers[name]) for name in missing):
                     check_room(args, scorer.model.model.config, longest, flag)
             suit_attention(scorer.model, dtype, longest)
-            shard(scorer.model.eval(), mesh, dtype, args.cpu_offload)
+            shard(scorer.model.eval(), mesh, dtype, cpu_offload=args.cpu_offload)
             scorers.append(scorer)
     with agreed(), written(folder):
         if rank == 0:

@@ -122,6 +122,8 @@ class Args:
     """compute type; auto: bfloat16 on CUDA and on CPUs with instructions for it, else float32; masters stay float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    compile: bool = False
+    """compile the transformer blocks (torch.compile): faster and less memory, after a minute or so of compiling"""
     cpu_offload: bool = False
     """keep the frozen models (reference, reward model, cost model) in CPU memory while they are not used"""
     shard_over: Literal["node", "world"] = "node"
@@ -344,7 +346,8 @@ def sample_responses(
         pad_token_id=tokenizer.pad_token_id,
     )
     own_config, policy.generation_config = policy.generation_config, config
-    with unsharded(policy) if whole else contextlib.nullcontext():
+    # Compiled blocks (--compile) would pay for checks at every token, and for versions that read a cache.
+    with torch.compiler.set_stance("force_eager"), unsharded(policy) if whole else contextlib.nullcontext():
         sequences = policy.generate(
             prompt_ids.to(device),
             attention_mask=prompt_mask.to(device),
@@ -815,13 +818,14 @@ def is_small(model: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) < 2**28
 
 
-def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False) -> nn.Module:
+def shard(model: nn.Module, mesh, dtype: torch.dtype, compiled: bool = False, cpu_offload: bool = False) -> nn.Module:
     """FSDP2: each transformer block is gathered when it computes, the rest with the root.
 
     A small model is not sharded: every rank has a copy, and only gradients are exchanged.
 
     The weights are those of rank 0, the only process that ever holds them all; they reach the others tensor by tensor.
     The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
+    compiled: whether the blocks are compiled when they first compute; those of one shape share the code.
     """
     weights = model.state_dict() if dist.get_rank() == 0 else {}
     # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
@@ -834,6 +838,9 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     units = [module for module in model.modules() if type(module).__name__ in blocks] + [model]
+    for block in units[:-1] if compiled else ():
+        torch._dynamo.config.recompile_limit = 64  # versions of that code: models, with and without gradients, lengths
+        block.compile()
     if is_small(model):  # in FSDP2's terms: shards over one rank, replicated over all
         units, shape = [model], (dist.get_world_size(), 1)
         mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
@@ -848,6 +855,14 @@ def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool = False)
     if extra[1] is not None:
         model.generation_config = extra[1]
     return model
+
+
+def check_compiler(device: torch.device) -> None:
+    """See that torch.compile works here, before anything is loaded: it needs a C++ compiler, on CUDA also Triton."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as exception:  # none, one that fails, a cache that cannot be written
+        raise UserError(f"--compile: torch.compile does not work here: {exception}") from None
 
 
 def suit_attention(model: nn.Module, dtype: torch.dtype, longest: int) -> None:
@@ -918,7 +933,7 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
 # Flags that change neither the mathematics nor the random numbers of a run
 MAY_CHANGE = (
     "output_dir resume save_every eval_every track push_to_hub hub_private micro_batch_size gradient_checkpointing "
-    "cpu_offload shard_over whole_rollout"
+    "compile cpu_offload shard_over whole_rollout"
 )
 
 
@@ -1662,6 +1677,8 @@ def main(device: torch.device, mesh) -> None:
     # ---- Prompts and models: everything a mistake may hide in comes before the output directory is made
     folder, saved = find_run(args, dtype)
     with agreed():
+        if args.compile:
+            check_compiler(device)
         named = [("--model", args.model), ("--reward-model", args.reward_model), ("--cost-model", args.cost_model)]
         named += [("--reward-critic", args.reward_critic), ("--cost-critic", args.cost_critic)]
         for flag, name in named:
@@ -1674,7 +1691,7 @@ def main(device: torch.device, mesh) -> None:
         supervised = load_supervised(args, tokenizer) if args.ptx_dataset is not None and args.ptx_coef > 0 else []
 
     # One model after the other, as rank 0 reads each whole before it is sharded
-    frozen, masters = (mesh, dtype, args.cpu_offload), (mesh, dtype)
+    masters, frozen = (mesh, dtype, args.compile), (mesh, dtype, args.compile, args.cpu_offload)
     with agreed():
         policy = load_pretrained(AutoModelForCausalLM, args.model, torch.float32, "--model", args.trust_remote_code)
     shard(policy, *masters)

@@ -220,8 +220,8 @@ def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
             else:
                 model = repo.ScoreModel(AutoModelForSequenceClassification.from_config(labelled, dtype=dtype))
             model.requires_grad_(name in TRAINED)
-            offload = (args.cpu_offload,) if name in FROZEN else ()
-            models[name] = repo.shard(model.eval(), mesh, torch.bfloat16, *offload)
+            offload = args.cpu_offload and name in FROZEN
+            models[name] = repo.shard(model.eval(), mesh, torch.bfloat16, cpu_offload=offload)
     if args.gradient_checkpointing:
         for name in TRAINED:
             model = models[name] if name == "policy" else models[name].model

@@ -1,5 +1,6 @@
 """What all tests share: one process group in this process, tiny checkpoints and data, and a way to run the scripts."""
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ os.environ.pop("HF_HUB_CACHE", None)
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 from helpers import command, run_main  # noqa: E402
@@ -75,6 +77,21 @@ def run(processes, defaults):
         return run_main(script, processes, command(**defaults[script.__name__] | flags))
 
     return run
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list:
+    """The graphs that torch.compile traces from now on, their gradients with them; they run without a C++ compiler."""
+    found, run = [], torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return run(graph, inputs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield found
+    torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

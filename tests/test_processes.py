@@ -6,6 +6,7 @@ gradient is all rounding may move by the learning rate in either direction. Thos
 """
 
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -46,14 +47,19 @@ RUNS = {
     "cost": ("preference_models", dict(kind="cost", micro_batch_size=1)),
 }
 WORLDS = [1, 2, 4, "2x2"]
-# What changes nothing may differ between the worlds: how sampling gathers the policy, and what shares its shards.
-CHANGES = {4: dict(response=dict(no_whole_rollout=True)), "2x2": dict(average=dict(shard_over="world"))}
+# What changes nothing may differ between the worlds: how sampling gathers the policy, what shares its shards, and
+# whether blocks, here with their shards, are compiled.
+CHANGES = {
+    4: dict(response=dict(no_whole_rollout=True), cost=dict(compile=True)),
+    "2x2": dict(average=dict(shard_over="world")),
+}
 NUMBERS = {"reward", "cost", "scores", "loss"}
 
 
 def main(folder, jobs):
     """What every process of torchrun does: all the runs, one after the other, in one process group."""
     processes = repo.start_processes()
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # spares the time of a C++ compiler
     for name, (script, words) in jobs.items():
         module = {"repo": repo, "ppo_lagrange": ppo_lagrange, "preference_models": preference_models}[script]
         meshes, shard = [], module.shard

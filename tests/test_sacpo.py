@@ -436,13 +436,14 @@ def test_z_0_is_the_mean_log_ratio_cut_at_zero(align, tmp_path, shift):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_micro_batches_and_checkpointing_do_not_change_an_update(align, tmp_path, loss):
+def test_micro_batches_checkpointing_and_compiling_do_not_change_an_update(align, graphs, tmp_path, loss):
     recorded = {}
-    for size, flags in ((8, {}), (3, {}), (1, dict(gradient_checkpointing=True))):
+    for size, flags in ((8, {}), (3, dict(compile=True)), (1, dict(gradient_checkpointing=True))):
         with recorded_updates(sacpo) as updates:
             folder = tmp_path / str(size)
             outcome = align(folder, stages=["safe"], loss=[loss], micro_batch_size=size, max_grad_norm=0.1, **flags)
         assert outcome.code == 0, outcome.err
+        assert bool(graphs) == (size < 8)
         recorded[size] = updates[:2], read_lines(folder / "metrics.jsonl")
     for size in (3, 1):
         for (_, one), (_, other) in zip(recorded[8][0], recorded[size][0], strict=True):

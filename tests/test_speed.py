@@ -7,10 +7,12 @@ import matplotlib.pyplot as plt
 import pytest
 import tiny
 import torch
-from helpers import ROOT, read_lines
+from helpers import ROOT, command, finish, read_lines, recorded_updates, start
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import ppo_lagrange
+import preference_models
 import repo
 
 sys.path.append(str(ROOT / "benchmark"))
@@ -68,6 +70,47 @@ def test_micro_batches_hold_texts_of_similar_length_and_none_of_the_padding_of_o
             alone = torch.tensor([prompt + response])
             expected = repo.response_logprobs(policy, alone, torch.ones_like(alone), len(response), 1.0)
             torch.testing.assert_close(found[row][response_mask[row] > 0], expected[0])
+
+
+@pytest.mark.parametrize("script", [repo, ppo_lagrange, preference_models], ids=lambda script: script.__name__)
+def test_compiled_blocks_make_the_same_updates(script, run, graphs, tmp_path):
+    """Up to rounding; and all blocks and models of a shape share a few graphs, whatever the length of their texts."""
+    updates = []
+    for flag in (None, True):
+        with recorded_updates(script) as recorded:
+            outcome = run(script, output_dir=tmp_path / str(flag), compile=flag)
+        assert outcome.code == 0, outcome.err
+        assert bool(graphs) == bool(flag)
+        updates.append(recorded)
+    assert len(graphs) <= 6
+    assert len(updates[0]) == len(updates[1]) > 1
+    for (_, plain), (_, compiled) in zip(*updates, strict=True):
+        for name in plain:
+            torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_code_computes_what_the_blocks_do(files, processes):
+    """By torch's own compiler: values of texts of two lengths, with padding, and all gradients."""
+    ids, mask = repo.pad([[5, 6, 7], [8, 9, 10, 11, 12]], 2, "left")
+    found = []
+    for compiled in (False, True):
+        critic = repo.load_score_model(files.reward, torch.float32, "", 0, False)
+        critic = repo.shard(critic, processes[1], torch.float32, compiled)
+        for columns in (slice(None), slice(1, None)):
+            values = repo.response_values(critic, ids[:, columns], mask[:, columns], 2)
+            values.square().sum().backward()
+            found.append((compiled, values.detach()))
+        found.append((compiled, {name: value.grad.full_tensor() for name, value in critic.named_parameters()}))
+    for (_, one), (_, other) in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiler_that_does_not_work_is_told_before_the_run_begins(defaults, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    outcome = finish(start([ROOT / "repo.py", *command(**defaults["repo"], output_dir=tmp_path / "run", compile=True)]))
+    assert outcome.code == 2 and not (tmp_path / "run").exists()
+    assert len(outcome.errors) == 1 and "--compile: torch.compile does not work here" in outcome.errors[0]
 
 
 def test_the_benchmark_reads_when_steps_ended(repo_run):
