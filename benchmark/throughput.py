@@ -192,7 +192,9 @@ def ours(
         common |= {"model": folder / "policy", "dataset": folder / "pairs.parquet", "epochs": 1}
         common |= {"dataset_split": f"train[:{rows}]", "eval_dataset": folder / "pairs.parquet"}
         common |= {"eval_split": "train[:64]"} | ({} if script == "sacpo.py" else {"kind": "reward"})
-    settings = [x for name, value in (common | flags).items() for x in (f"--{name.replace('_', '-')}", value)]
+    settings = []
+    for name, value in (common | flags).items():
+        settings += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
     _, memory = execute([sys.executable, *launcher, root / script, *settings], max(1, args.threads // processes))
     measured = {"memory": memory}
@@ -268,6 +270,7 @@ def machine_rates(dtype: torch.dtype) -> tuple[float, float]:
 def peers(folder: Path, args: Args, record: dict) -> None:
     against = args.peer is not None
     contestants = {"repo.py, defaults, six models": lambda: ours("repo.py", folder, args)}
+    contestants |= {"repo.py, --compile": lambda: ours("repo.py", folder, args, compile=True)}
     half = repo.compute_dtype("auto", DEVICE) != torch.float32  # where it is emulated, a run takes minutes
     if half:
         contestants |= {"repo.py, float32": lambda: ours("repo.py", folder, args, dtype="float32")}
@@ -281,6 +284,8 @@ def peers(folder: Path, args: Args, record: dict) -> None:
         if args.trainer not in ("all", trainer):
             continue
         contestants = {f"{script}, defaults": lambda script=script: ours(script, folder, args)}
+        if trainer == "reward":  # in sacpo.py's one reading of its reference compiling would be counted in
+            contestants |= {f"{script}, --compile": lambda: ours("preference_models.py", folder, args, compile=True)}
         if against:
             name = {"reward": "TRL RewardTrainer", "dpo": "TRL DPOTrainer"}[trainer]
             contestants |= {
