@@ -37,8 +37,10 @@ run() {
     fi
     show "$@" >&2
     local status=0
+    child=starting
     setsid "$@" &
     child=$!
+    [[ $stopped != early ]] || kill -TERM "$child" 2>/dev/null || true
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` at once, the stage when it has saved
         status=0
@@ -57,7 +59,11 @@ stop() {
     stopped=1
     [[ $child ]] || exit 143
     echo "stopping: the stage saves what it has, for up to SHUTDOWN_TIMEOUT seconds" >&2
-    kill -TERM "$child" 2>/dev/null || true
+    if [[ $child == starting ]]; then # its number is not known yet; `run` passes the signal on
+        stopped=early
+    else
+        kill -TERM "$child" 2>/dev/null || true
+    fi
 }
 
 # Start one of the scripts on all GPUs: launch STAGE SCRIPT ARGUMENTS

@@ -1,5 +1,6 @@
 """benchmark/alpaca_7b.sh and llama_3b.sh: their commands against the command lines of the scripts, and whole runs."""
 
+import contextlib
 import json
 import os
 import pty
@@ -230,10 +231,10 @@ class Started:
             stdin=inside, stdout=inside, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         os.close(inside)
-        while not self.log.read_text().endswith("\n"):
+        while "\n" not in self.log.read_text():
             assert self.process.poll() is None, self.process.stderr.read()
             time.sleep(0.02)
-        self.torchrun = int(self.log.read_text())
+        self.torchrun = int(self.log.read_text().split()[0])
 
     def end(self) -> tuple[int, str]:
         _, told = self.process.communicate(timeout=30)
@@ -249,6 +250,22 @@ def test_whatever_stops_a_recipe_lets_the_stage_save(how, tmp_path):
         time.sleep(0.2)
     code, told = recipe.end()
     assert code == 143 and "stopping: the stage saves" in told and "ppo_lagrange.py" not in told
+    assert recipe.log.read_text() == f"{recipe.torchrun}\nSIGTERM heard\nsaved\n"
+
+
+def test_a_stop_in_the_moment_that_a_stage_starts_in_reaches_it(tmp_path, monkeypatch):
+    """The stage is there, and the recipe does not know its number yet: it must not end and leave the stage alone."""
+    hang_up = """set -o functrace
+trap '[[ $BASH_COMMAND != "child=\\$!" ]] || { until [[ -s LOG ]]; do sleep 0.02; done; kill -HUP $$; }' DEBUG"""
+    (tmp_path / "environment").write_text(hang_up.replace("LOG", str(tmp_path / "log")))
+    monkeypatch.setenv("BASH_ENV", str(tmp_path / "environment"))
+    recipe = Started(tmp_path)
+    try:
+        code, told = recipe.end()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(recipe.torchrun, signal.SIGKILL)
+    assert code == 143 and "stopping: the stage saves" in told
     assert recipe.log.read_text() == f"{recipe.torchrun}\nSIGTERM heard\nsaved\n"
 
 
