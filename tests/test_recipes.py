@@ -224,7 +224,9 @@ class Started:
         (programs / "torchrun").chmod(0o755)
         settings = dict(OUT=self.out, STAGES="repo ppo_lagrange", PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
         self.terminal, inside = pty.openpty()
-        take = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        take = "import fcntl, os, signal, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        # Tests that run behind nohup or `&` are deaf to these, and so would be the recipe.
+        take += "[signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)]; "
         self.process = subprocess.Popen(
             [sys.executable, "-c", take + "os.execv(sys.argv[1], sys.argv[1:])", ROOT / "benchmark" / "alpaca_7b.sh"],
             env=environment() | {name: str(value) for name, value in settings.items()},
