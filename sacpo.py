@@ -1,26 +1,25 @@
 """SACPO: stepwise alignment, safe RLHF without score models: first one preference, then the other.
 
-A policy π_θ shall be helpful (reward R) and safe (cost C). The optimum of the Lagrangian with multiplier λ,
+A policy π_θ should be helpful (reward R) and safe (cost C). The optimum of the Lagrangian with multiplier λ,
 
     maximise  E_x E_y [R(x, y) - λ C(x, y)] - β KL(π_θ ‖ π_ref),    π* ∝ π_ref exp((R - λ C) / β)
                                                                        ∝ (π_ref exp(R / β)) exp(-C / (β/λ)),
 
-is what two alignments in a row lead to: one to helpfulness from π_ref with β, and one to safety from its result with
-β/λ; the other order gives the same product. Each stage learns from pairs of responses, and its reference is the policy
-it starts from. With r(y) = log π_θ(y | x) - log π_ref(y | x) a stage minimises one of
+is the result of two alignments in a row: one to helpfulness from π_ref with β, then one to safety from that policy with
+β/λ. The other order gives the same product. Each stage learns from pairs of responses. Its reference is the policy it
+starts from. With r(y) = log π_θ(y | x) - log π_ref(y | x) a stage minimises one of
 
     DPO     -log σ( b (r(y_chosen) - r(y_rejected)) )                                mean over pairs
     KTO     w_D (1 - σ( b (r(y) - z_0) ))  where y is desirable,                     mean over responses
             w_U (1 - σ( b (z_0 - r(y)) ))  where it is not; z_0 = {mean of r over responses to OTHER prompts}^+
 
-where b is β (--beta) if the stage is about helpfulness and β/λ (--beta-over-lambda) if it is about safety, whatever
-their order. P-SACPO gives policies between the stages without training: weights (1 - q) θ_stage1 + q θ_stage2.
+where b is β (--beta) if the stage is about helpfulness and β/λ (--beta-over-lambda) if it is about safety, in either
+order. P-SACPO gives policies between the stages without training: weights (1 - q) θ_stage1 + q θ_stage2.
 
 Sources: SACPO and P-SACPO (Wachi et al., NeurIPS 2024, arXiv 2404.11049); DPO (Rafailov et al., arXiv 2305.18290); KTO
 (Ethayarajh et al., arXiv 2402.01306).
 
-The data have PKU-SafeRLHF's columns. Without flags it runs on the embedded toy world: on a laptop, offline, in about a
-minute. At the paper's scale:
+Without flags it runs on the embedded toy world: on a laptop, offline, in about a minute. At the paper's scale:
 
     torchrun --nproc_per_node 8 sacpo.py --model PKU-Alignment/alpaca-7b-reproduced \
         --dataset PKU-Alignment/PKU-SafeRLHF-30K --eval-dataset PKU-Alignment/PKU-SafeRLHF-30K \
@@ -31,52 +30,35 @@ minute. At the paper's scale:
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ...     # on each node
 """
 
-import contextlib
-import dataclasses
 import datetime
-import functools
-import gc
+import fcntl
 import hashlib
-import importlib.util
-import io
-import itertools
 import json
 import math
 import os
-import re
-import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import datasets
-import huggingface_hub
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import tyro
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-)
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 TOY = Path(__file__).resolve().parent / "toy"
 
@@ -85,1553 +67,634 @@ TOY = Path(__file__).resolve().parent / "toy"
 class Args:
     """Align a language model stepwise with two preferences (SACPO)."""
 
-    exp_name: str = "sacpo"
-    """name of the run"""
-    seed: int = 1
-    """seeds everything random"""
-    output_dir: str | None = None
-    """where the run is written; default runs/<exp-name>-<seed>-<time>"""
-    track: bool = False
-    """also log to Weights & Biases (needs the wandb package)"""
-    push_to_hub: str | None = None
-    """repository of the Hub (namespace/name) that the finished run's model is uploaded to, with its card"""
-    hub_private: bool = True
-    """make that repository private if it is not there yet"""
-    save_every: int = 0
-    """optimizer steps between checkpoints, of which two are kept; 0 writes one only when SIGTERM ends the run"""
-    resume: bool = False
-    """go on from the newest whole checkpoint in --output-dir, or start there if it holds nothing"""
-
-    # Model (a folder, or an id of the Hub)
-    model: str = str(TOY / "policy")
-    """the policy to align, reference of the first stage: a language model after supervised fine-tuning"""
-    trust_remote_code: bool = False
-    """run model code that comes with a checkpoint; off, such checkpoints are refused"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute type; auto: bfloat16 on CUDA and on CPUs with instructions for it, else float32; masters stay float32"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
-    compile: bool = False
-    """compile the transformer blocks (torch.compile): faster and less memory, after a minute or so of compiling"""
-    shard_over: Literal["node", "world"] = "node"
-    """processes that share one copy of a model: those of each node (hybrid sharding) or all; the same on one node"""
-
-    # Pairs
-    dataset: str = str(TOY / "data" / "train.parquet")
-    """training pairs in PKU-SafeRLHF's columns (jsonl, json, csv or parquet file, folder, or Hub id)"""
-    dataset_split: str = "train"
-    """split of the training pairs; slices such as train[:1000] are allowed"""
-    eval_dataset: str = str(TOY / "data" / "test.parquet")
-    """held-out pairs, same columns"""
-    eval_split: str = "test"
-    """split of the held-out pairs"""
-    train_size: int = 8192
-    """training pairs at most, drawn at random, the same in both stages; 0 takes all"""
-    prompt_template: str = "{prompt}"
-    """text put around a prompt, the response follows it directly; "chat" takes the tokenizer's chat template"""
-    max_prompt_length: int = 64
-    """tokens of a prompt in its template; pairs with longer ones are dropped"""
-    max_length: int = 512
-    """tokens of prompt and response together; longer texts lose their end"""
-
+    exp_name: str = "sacpo"  # name of the run
+    seed: int = 1  # seeds everything random
+    output_dir: str | None = None  # where the run is written; default runs/<exp-name>-<seed>-<time>
+    track: bool = False  # also log to Weights & Biases (needs the wandb package)
+    save_every: int = 0  # steps between checkpoints, the newest two are kept; 0 saves only when interrupted
+    resume: bool = False  # continue the run in --output-dir from its newest checkpoint, or start it there
+    model: str = str(TOY / "policy")  # language model after supervised fine-tuning: the policy and first reference
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; auto: bfloat16 where the hardware has it
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    dataset: str = str(TOY / "data" / "train.parquet")  # training pairs: jsonl, json, csv, parquet, folder or Hub id
+    dataset_split: str = "train"  # split of the training pairs, or a slice such as train[:1000]
+    eval_dataset: str = str(TOY / "data" / "test.parquet")  # held-out pairs
+    eval_split: str = "test"  # split of the held-out pairs
+    train_size: int = 8192  # training pairs at most, drawn at random, the same in both stages; 0 takes all
+    prompt_template: str = "{prompt}"  # text around a prompt, directly before the response; "chat": the tokenizer's own
+    max_prompt_length: int = 64  # tokens; pairs with longer prompts are dropped
+    max_length: int = 512  # tokens of prompt and response together; longer texts lose their end
     # Stages
-    stages: tuple[Literal["helpful", "safe"], ...] = ("helpful", "safe")
-    """the preferences in the order in which they are learnt; a single one is plain DPO or KTO"""
-    loss: tuple[Literal["dpo", "kto"], ...] = ("dpo",)
-    """loss of all stages, or of each"""
-    beta: float = 0.5
-    """β, weight of the KL divergence from the reference in the helpfulness stage"""
-    beta_over_lambda: float = 0.25
-    """β/λ, the same in the safety stage: the smaller, the more safety counts"""
-    merge_q: tuple[float, ...] = ()
-    """P-SACPO: weights (1 - q) of stage 1 and q of stage 2 are mixed for each of these q"""
-
-    # Optimisation, in each stage anew
-    epochs: int = 1
-    """passes over the training pairs in each stage"""
-    batch_size: int = 64
-    """pairs an optimizer step, over all processes"""
-    micro_batch_size: int = 64
-    """pairs a process takes through one forward and backward pass, two texts each"""
-    learning_rate: float = 1e-3
-    """peak learning rate; cosine schedule down to zero"""
-    warmup_ratio: float = 0.03
-    """share of the optimizer steps spent warming up"""
-    weight_decay: float = 0.0
-    """AdamW's weight decay"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    stages: tuple[Literal["helpful", "safe"], ...] = ("helpful", "safe")  # the order; a single one is plain DPO or KTO
+    loss: tuple[Literal["dpo", "kto"], ...] = ("dpo",)  # loss of all stages, or one for each
+    beta: float = 0.5  # β, weight of the KL divergence from the reference in the helpfulness stage
+    beta_over_lambda: float = 0.25  # β/λ, the same in the safety stage: the smaller, the more safety counts
+    merge_q: tuple[float, ...] = ()  # P-SACPO: mix weights (1 - q) of stage 1 and q of stage 2, for each q
+    epochs: int = 1  # passes over the training pairs in each stage
+    batch_size: int = 64  # pairs per optimizer step, over all processes
+    micro_batch_size: int = 64  # pairs per forward and backward pass of one process, two texts each
+    learning_rate: float = 1e-3  # peak learning rate; cosine schedule down to zero
+    warmup_ratio: float = 0.03  # share of the optimizer steps spent warming up
+    weight_decay: float = 0.0  # AdamW's weight decay
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
 
-# ======================================================================================================================
-# The algorithm: pure functions, then the reading of the policy. Log-probabilities are those of whole responses
-# ======================================================================================================================
-def dpo_loss(
-    chosen_logprobs: torch.Tensor,
-    rejected_logprobs: torch.Tensor,
-    ref_chosen_logprobs: torch.Tensor,
-    ref_rejected_logprobs: torch.Tensor,
-    beta: float,
-) -> torch.Tensor:
-    """Direct preference optimization (arXiv 2305.18290).
-
-    *_logprobs: log π(y | x) of the chosen and the rejected response by policy and reference, in nats, [pairs].
-    Returns the loss of each pair, [pairs].
-    """
-    chosen_log_ratio = chosen_logprobs - ref_chosen_logprobs
-    rejected_log_ratio = rejected_logprobs - ref_rejected_logprobs
-    return -F.logsigmoid(beta * (chosen_log_ratio - rejected_log_ratio))
+# ---- The algorithm: pure functions. Log-probabilities are those of whole responses
+def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
+    """Direct preference optimization (arXiv 2305.18290): the loss of each pair, [pairs], from log π(y | x) in nats."""
+    return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
 
 
 def kto_loss(
-    logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor,
-    desirable: torch.Tensor,
-    z_0: float,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-) -> torch.Tensor:
-    """Kahneman-Tversky optimization (arXiv 2402.01306): every response is judged by itself, against z_0.
+    logprobs: Tensor, ref_logprobs: Tensor, desirable: Tensor, z_0: float, beta: float, w_d: float, w_u: float
+) -> Tensor:
+    """Kahneman-Tversky optimization (arXiv 2402.01306): the loss of each response, judged by itself against z_0.
 
-    logprobs, ref_logprobs: log π(y | x) by policy and reference, in nats; desirable: KTO's labels; all of one shape.
-    z_0: the reference point, one number for the global batch; no gradient passes through it.
-    Returns the loss of each response, in the same shape.
+    logprobs, ref_logprobs: log π(y | x) in nats; desirable: KTO's labels; all of one shape. z_0: the reference point,
+    one number for the global batch, without gradient. w_d, w_u: weights of (un)desirable responses.
     """
     log_ratio = logprobs - ref_logprobs
-    gain = desirable_weight * (1 - F.sigmoid(beta * (log_ratio - z_0)))
-    harm = undesirable_weight * (1 - F.sigmoid(beta * (z_0 - log_ratio)))
-    return torch.where(desirable, gain, harm)
+    desirable_loss = w_d * (1 - F.sigmoid(beta * (log_ratio - z_0)))
+    undesirable_loss = w_u * (1 - F.sigmoid(beta * (z_0 - log_ratio)))
+    return torch.where(desirable, desirable_loss, undesirable_loss)
 
 
-def merge(one: torch.Tensor, two: torch.Tensor, q: float) -> torch.Tensor:
-    """P-SACPO's weights between two stages (arXiv 2404.11049): (1 - q) · one + q · two."""
-    return (1 - q) * one + q * two
-
-
-@dataclass
-class Pair:
-    """Two responses to one prompt, the chosen one first."""
-
-    prompt: str
-    responses: list[str]
-    ids: list[tuple[list[int], list[int]]]  # for each response: tokens of the prompt, tokens of the response with EOS
-    desirable: list[bool]  # KTO's label of each response
-
-
-def mismatched(batch: list[Pair], max_length: int) -> list[Pair]:
-    """The responses of every pair after the prompt of another, on which KTO reads z_0.
-
-    The other prompt is that of the next pair in the batch, around its end, whose text differs; a batch with a single
-    prompt has none, and the list is empty. Prompt and response are joined as tokens, up to max_length of them.
-    """
-    if len({pair.prompt for pair in batch}) == 1:
-        return []
+def mismatch(batch: list[dict], max_length: int) -> list[dict]:
+    """Each pair's responses after the batch's next different prompt, for KTO's z_0; [] if all prompts are equal."""
     crossed = []
-    for i, pair in enumerate(batch):
-        others = (batch[(i + step) % len(batch)] for step in range(1, len(batch)))
-        other = next(other for other in others if other.prompt != pair.prompt)
-        ids = [(x, y[: max_length - len(x)]) for (x, _), (_, y) in zip(other.ids, pair.ids, strict=True)]
-        crossed.append(Pair(other.prompt, pair.responses, ids, pair.desirable))
+    for i, pair in enumerate(batch if len({pair["prompt"] for pair in batch}) > 1 else []):
+        other = next(other for other in batch[i:] + batch[:i] if other["prompt"] != pair["prompt"])
+        ids = [(x, y[: max_length - len(x)]) for (x, _), (_, y) in zip(other["ids"], pair["ids"], strict=True)]
+        crossed.append(pair | {"prompt": other["prompt"], "ids": ids})
     return crossed
 
 
-def response_logprobs(
-    policy, sequences: torch.Tensor, attention_mask: torch.Tensor, length: int, temperature: float
-) -> torch.Tensor:
-    """Log-probabilities of the last `length` tokens in the distribution they are sampled from, [batch, length]."""
-    sequences, attention_mask, longest = crop(sequences, attention_mask, length)
-    logits = policy(
-        input_ids=sequences,
-        attention_mask=attention_mask,
-        position_ids=positions(attention_mask),
-        use_cache=False,
-        logits_to_keep=longest + 1,
-    ).logits[:, :-1]
-    # A few positions at a time, computed again for the gradient: the logits of a batch in float32 would be gigabytes.
-    # A CPU is fastest where they stay in its cache.
+def response_logprobs(policy, ids: Tensor, mask: Tensor, length: int, temperature: float) -> Tensor:
+    """Log-probabilities of the last `length` tokens under the tempered distribution, [batch, length]."""
+    inputs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False)
+    logits = policy(input_ids=ids, logits_to_keep=length + 1, **inputs).logits[:, :-1]  # [batch, length, vocabulary]
+    # A few positions at a time, recomputed in the backward pass: float32 logits of a whole batch would take gigabytes.
+    # On a CPU, smaller chunks are fastest because they stay in its cache.
     step = max(1, (2**24 if logits.is_cuda else 2**20) // (logits.shape[0] * logits.shape[2]))
-    chunks = zip(logits.split(step, 1), sequences[:, -longest:].split(step, 1), strict=True)
-    logprobs = [checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks]
-    return F.pad(torch.cat(logprobs, dim=1), (0, length - longest))
+    chunks = zip(logits.split(step, 1), ids[:, -length:].split(step, 1), strict=True)
+    return torch.cat([checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks], 1)
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """Log-probabilities of tokens [batch, length] under tempered logits [batch, length, vocabulary]."""
     logits = logits.float() / temperature
     return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
-def pair_logprobs(policy, pairs: list[Pair], pad_id: int, device) -> torch.Tensor:
+def pair_logprobs(policy, tokenizer, pairs: list[dict]) -> Tensor:
     """log π(y | x) of both responses of each pair in float32, [pairs, 2]: the sum over a response's tokens, EOS too."""
-    texts = [text for pair in pairs for text in pair.ids]
-    sequences, attention_mask, response_mask = (tensor.to(device) for tensor in pad_texts(texts, pad_id))
-    logprobs = response_logprobs(policy, sequences, attention_mask, response_mask.shape[1], 1.0)  # [2 pairs, response]
-    return logprobs.masked_fill(response_mask == 0, 0.0).sum(1).unflatten(0, (-1, 2))
+    prompts, responses = zip(*(text for pair in pairs for text in pair["ids"]), strict=True)
+    prompt_ids, prompt_mask = pad(tokenizer, prompts, "left", policy.device)
+    response_ids, mask = pad(tokenizer, responses, "right", policy.device)
+    ids, attention_mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, mask], 1)
+    logprobs = response_logprobs(policy, ids, attention_mask, mask.shape[1], 1.0)  # [2 pairs, response]
+    return logprobs.masked_fill(mask == 0, 0.0).sum(1).unflatten(0, (-1, 2))
+
+
+@torch.no_grad()
+def all_logprobs(policy, tokenizer, pairs: list[dict], micro_batch_size: int) -> Tensor:
+    """pair_logprobs of many pairs, [pairs, 2]: every rank reads its share, and all get the whole."""
+    rank, world, count = dist.get_rank(), dist.get_world_size(), len(pairs)
+    order = torch.tensor([max(len(x) + len(y) for x, y in pair["ids"]) for pair in pairs]).argsort(stable=True)
+    # FSDP2 needs equally many passes from each rank, so the last pairs of some are repeats, which do not count.
+    places = torch.arange(rank, rank + math.ceil(count / world) * world, world)
+    parts = order[places % count].split(micro_batch_size)  # texts of similar length together: little padding
+    values = torch.cat([pair_logprobs(policy, tokenizer, [pairs[row] for row in rows]) for rows in parts])
+    logprobs, own = torch.zeros(count, 2, device=policy.device), places < count
+    logprobs[order[places[own]]] = values[own]
+    dist.all_reduce(logprobs)
+    reshard(policy)
+    return logprobs
+
+
+def main(args: Args, device: torch.device, mesh) -> int:
+    start_time = time.time()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # the instruction sets it supports
+    fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if fast else "float32"
+    losses = args.loss * len(args.stages) if len(args.loss) == 1 else args.loss
+    if not 0 < len(set(args.stages)) == len(args.stages) == len(losses) or len(args.stages) < 1 + bool(args.merge_q):
+        raise UserError("--stages takes helpful, safe or both, each once; --loss one, or one per stage; --merge-q both")
+
+    # ---- Pairs, output directory, model
+    say(f"loading data and model; computing in {args.dtype} on {device.type}")
+    tokenizer = load_tokenizer(args.model, "--model")
+    train_pairs = load_pairs(args, args.dataset, args.dataset_split, "--dataset", tokenizer, losses, args.train_size)
+    eval_pairs = load_pairs(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer, losses)
+    count = len(train_pairs[args.stages[0]])
+    least = 2 if "kto" in losses else 1
+    if args.batch_size % world or not least <= args.batch_size <= count or min(args.epochs, args.micro_batch_size) < 1:
+        limits = f"a multiple of {world} (processes) from {least} to {count} (training pairs)"
+        raise UserError(f"--batch-size must be {limits}, --micro-batch-size and --epochs at least 1")
+    for preference, loss_name in zip(args.stages, losses, strict=True):
+        if loss_name == "kto" and len({label for pair in train_pairs[preference] for label in pair["desirable"]}) < 2:
+            raise UserError("--dataset has only safe or only unsafe responses, and the loss kto needs both; use dpo")
+    folder, saved, writer = open_run(args)
+    if saved is None:
+        say(f"the run in {folder} is finished")
+        return 0
+    ids = [ids for pairs in (train_pairs, eval_pairs) for pair in pairs[args.stages[0]] for ids in pair["ids"]]
+    longest = max(len(x) + len(y) for x, y in ids)
+    if "kto" in losses:  # z_0 is read on other combinations
+        longest = min(args.max_length, max(len(x) for x, _ in ids) + max(len(y) for _, y in ids))
+    options = dict(mesh=mesh, dtype=getattr(torch, args.dtype), longest=longest)
+    policy = load_model(AutoModelForCausalLM, args.model, "--model", **options).train()  # there is no dropout
+    if args.gradient_checkpointing:
+        (getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable)()
+    local, size = args.batch_size // world, args.micro_batch_size
+    local_rows = slice(rank * local, (rank + 1) * local)  # this rank's part of a global batch
+    steps_per_epoch = count // args.batch_size
+    steps = args.epochs * steps_per_epoch
+    stages_done, done = divmod(saved.get("step", 0), steps)
+    skipped, skipped_in_a_row = saved.get("skipped", 0), saved.get("skipped_in_a_row", 0)
+    start_time, results = start_time - saved.get("seconds", 0.0), saved.get("results", [])
+    stop, alone = [], "RANK" not in os.environ  # SIGTERM and the first Ctrl-C save and stop; torchrun repeats Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os._exit(130) if stop and alone else stop.append(number))
+
+    for stage, preference, loss_name in list(zip((1, 2), args.stages, losses, strict=False))[stages_done:]:
+        # 1. The batches of this stage: a new order every epoch, whose last incomplete batch is left out
+        beta = args.beta if preference == "helpful" else args.beta_over_lambda
+        pairs, held_out, batches = train_pairs[preference], eval_pairs[preference], []
+        for epoch in range(args.epochs):
+            order = torch.randperm(count, generator=random_generator(args.seed, "pairs", preference, epoch))
+            batches += order[: steps_per_epoch * args.batch_size].split(args.batch_size)
+        labels = [label for pair in pairs for label in pair["desirable"]]
+        w_undesirable = sum(labels) / (len(labels) - sum(labels))  # desirable responses per undesirable one
+
+        # 2. The reference is the policy that the stage starts from: read once, before the first update
+        say(f"stage {stage}: reading the log-probabilities of the reference")
+        shapes = {"pairs": (len(pairs), 2), "held_out": (len(held_out), 2)}
+        shapes |= {"crossed": (len(batches), args.batch_size, 2)} if loss_name == "kto" else {}
+        reference = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        stored = {f"reference.{name}": value for name, value in reference.items()}
+        group = {"params": list(policy.parameters()), "initial_lr": args.learning_rate}
+        adam = dict(lr=args.learning_rate, weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
+        trained, optimizers = {"policy": policy}, {"policy": torch.optim.AdamW([group], **adam)}
+        if done:
+            reader = dcp.HuggingFaceStorageReader(saved["checkpoint"])
+            dcp.load(training_state(trained, optimizers) | stored, storage_reader=reader)
+        else:
+            reference["pairs"].copy_(all_logprobs(policy, tokenizer, pairs, size))
+            reference["held_out"].copy_(all_logprobs(policy, tokenizer, held_out, size))
+            for batch, logprobs in zip(batches, reference.get("crossed", ()), strict=False):
+                if crossed := mismatch([pairs[i] for i in batch], args.max_length):
+                    logprobs.copy_(all_logprobs(policy, tokenizer, crossed, size))
+        warmup = min(math.ceil(args.warmup_ratio * steps), steps - 1)  # the first warm-up step has rate 0
+        schedule = get_cosine_schedule_with_warmup(optimizers["policy"], warmup, steps, last_epoch=done - 1)
+
+        title = f"stage {stage}: {preference}, {loss_name}"
+        bar = tqdm(range(done + 1, steps + 1), title, steps, initial=done, disable=rank != 0)
+        for step in bar:
+            # 3. KTO's reference point, over the global batch
+            batch, z_0, log_ratio_sum = batches[step - 1], 0.0, 0.0
+            if loss_name == "kto" and (crossed := mismatch([pairs[i] for i in batch], args.max_length)):
+                for rows in torch.arange(args.batch_size)[local_rows].split(size):
+                    with torch.no_grad():
+                        logprobs = pair_logprobs(policy, tokenizer, [crossed[row] for row in rows])
+                    log_ratio_sum += (logprobs - reference["crossed"][step - 1][rows]).sum().item()
+                z_0 = max(0.0, global_sum(z_0=log_ratio_sum)["z_0"] / (2 * args.batch_size))
+
+            # 4. Losses and gradients. FSDP averages gradients over ranks; the factor `world` makes that a sum
+            sums = dict.fromkeys(("loss", "pair_accuracy", "chosen_log_ratio", "rejected_log_ratio"), 0.0)
+            for rows in batch[local_rows].split(size):
+                chunk, ref = [pairs[row] for row in rows], reference["pairs"][rows]  # [rows, 2]
+                logprobs = pair_logprobs(policy, tokenizer, chunk)  # [rows, 2]
+                if loss_name == "dpo":
+                    loss = dpo_loss(*logprobs.unbind(1), *ref.unbind(1), beta)  # [rows]
+                else:
+                    desirable = torch.tensor([pair["desirable"] for pair in chunk], device=device) > 0
+                    loss = kto_loss(logprobs, ref, desirable, z_0, beta, 1.0, w_undesirable).mean(1)  # [rows]
+                (loss.sum() / args.batch_size * world).backward()
+                chosen, rejected = (logprobs.detach() - ref).unbind(1)
+                for name, value in zip(sums, (loss.detach(), chosen > rejected, chosen, rejected), strict=True):
+                    sums[name] += value.sum()
+
+            # 5. The update; one with gradients that are not finite is skipped, and the third in a row ends the run
+            grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
+            skip = not math.isfinite(grad_norm)
+            skipped, skipped_in_a_row = skipped + skip, skipped_in_a_row + 1 if skip else 0
+            if skip:
+                say(f"stage {stage}, step {step}: gradients are not finite, update skipped")
+            else:
+                optimizers["policy"].step()
+            if skipped_in_a_row == 3:
+                raise UserError("three updates in a row had gradients that are not finite; lower --learning-rate")
+            optimizers["policy"].zero_grad()
+
+            # 6. Log
+            sums = global_sum(stopped=len(stop), **sums)
+            stopped, figures = sums.pop("stopped"), {name: total / args.batch_size for name, total in sums.items()}
+            bar.set_postfix_str(f"loss {figures['loss']:.3f}, accuracy {figures['pair_accuracy']:.1%}")
+            figures |= {"grad_norm": grad_norm, "learning_rate": schedule.get_last_lr()[0], "skipped_updates": skipped}
+            metrics = {f"stage{stage}": figures | ({"z_0": z_0} if loss_name == "kto" else {})}
+            schedule.step()
+            if step % steps_per_epoch == 0:
+                log_ratios = all_logprobs(policy, tokenizer, held_out, size) - reference["held_out"]  # [pairs, 2]
+                chosen, rejected = log_ratios.unbind(1)
+                result = {"pair_accuracy": (chosen > rejected).float().mean().item()}
+                result |= {"chosen_log_ratio": chosen.mean().item(), "rejected_log_ratio": rejected.mean().item()}
+                metrics[f"stage{stage}"] |= {f"eval_{name}": value for name, value in result.items()}
+            place = {"stage": stage, "preference": preference, "step": step, "epoch": step / steps_per_epoch}
+            log_metrics(folder, writer, (stage - 1) * steps + step, place, metrics)
+
+            # 7. Save what the run needs to continue
+            if step < steps and (stopped or (args.save_every and step % args.save_every == 0)):
+                state = {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "results": results}
+                state |= {"seconds": time.time() - start_time}
+                save_checkpoint(folder, (stage - 1) * steps + step, training_state(trained, optimizers) | stored, state)
+                if stopped:
+                    say(f"stopped in stage {stage} after step {step}; to continue, add --resume --output-dir {folder}")
+                    return 128 + (stop or [signal.SIGTERM])[0]  # the status that shells give to the signal
+
+        done = 0
+        save_model(policy, tokenizer, folder / f"stage{stage}")
+        results.append({"preference": preference, "loss": loss_name, "beta": beta, "eval": result})
+        shown = [{name: value for name, value in pair.items() if name != "ids"} for pair in held_out]
+        rows = [place | pair | {"log_ratios": row} for pair, row in zip(shown, log_ratios.tolist(), strict=True)]
+        append_json(folder / "eval.jsonl", rows)
+
+    # ---- P-SACPO: each rank mixes its own shards
+    if args.merge_q:
+        one = load_model(AutoModelForCausalLM, str(folder / "stage1"), "--merge-q", **options).state_dict()
+        two = {name: value.to_local().to("cpu", copy=True) for name, value in policy.state_dict().items()}
+    for q in args.merge_q:
+        for name, value in policy.state_dict().items():
+            value.to_local().copy_((1 - q) * one[name].to_local() + q * two[name].to(device))
+        save_model(policy, tokenizer, folder / "merged" / f"q{q:g}")
+    if rank == 0:
+        (folder / "model").unlink(missing_ok=True)
+        (folder / "model").symlink_to(f"stage{len(results)}")  # the result of a run has one name in all scripts
+        writer.close()
+        summary = {"algorithm": "sacpo", "skipped_updates": skipped, "stages": results, "eval_pairs": len(held_out)}
+        data, merged = {"dataset": count, "eval_dataset": len(held_out)}, [f"merged/q{q:g}" for q in args.merge_q]
+        summary |= {"data": data, "merged": merged}
+        summary |= environment(args, device, start_time, "pairs", len(results) * steps * args.batch_size)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        for result in results:
+            figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result["eval"].items())
+            print(f"{result['preference']} by {result['loss']}: held-out {figures}")
+        print(f"{summary['wall_seconds']:.0f} s; written to {folder}")
+    return 0
 
 
 # ======================================================================================================================
-# Plumbing, the same in every script: errors, processes, data, models, files
+# Plumbing: processes and errors, data, models, runs and checkpoints, logs
 # ======================================================================================================================
 class UserError(Exception):
-    """Something the user can mend; its text, one line, says how."""
+    """A mistake the user can fix; the message says how."""
 
 
-def shut_down() -> None:
-    """Leave the process group; without the barrier gloo's threads can abort a process at its exit.
+def report(kind, error, trace) -> None:
+    """End the run, as sys.excepthook: a user's mistake in one line with status 2, anything else with a traceback."""
+    if dist.get_rank() > 0:  # rank 0 reports errors common to all ranks; torchrun ends the others meanwhile
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    if kind is not UserError:
+        sys.__excepthook__(kind, error, trace)
+        os._exit(1)  # a clean exit would wait for the other ranks
+    tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    os._exit(2)
 
-    So can groups that outlive it: models, which are cycles of references, hold those of their meshes.
-    """
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
 
-
-def fail(message: str) -> NoReturn:
-    """End the run with one line on standard error and exit status 2. Every rank must call it; rank 0 speaks."""
+def say(message: str) -> None:
+    """A line on standard error, above the progress bar, from rank 0."""
     if dist.get_rank() == 0:
-        for bar in list(getattr(tqdm, "_instances", ())):  # the message gets a line of its own
-            bar.close()
-        line = " ".join(message.split())
-        if len(line) > 2000:
-            line = f"{line[:1000]} ... {line[-500:]}"
-        # What a terminal would obey or cannot show is escaped: names and texts may come from strangers.
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        print(f"error: {line}", file=sys.stderr, flush=True)
-    shut_down()
-    sys.exit(2)
-
-
-@contextlib.contextmanager
-def agreed():
-    """Hold a step that a user's mistake may end on any rank: then all ranks stop together.
-
-    No collective operation may stand inside, since the rank that failed would leave the others waiting in it.
-    """
-    error = None
-    try:
-        yield
-    except UserError as exception:
-        error = str(exception)
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    if any(errors):
-        fail(next(filter(None, errors)))
+        tqdm.write(message, file=sys.stderr)
 
 
 def start_processes():
-    """Join the processes of torchrun, or stand alone with a group of one. Returns (device, mesh).
-
-    The mesh is [processes], or [nodes, processes of a node] where there are several of both: FSDP2 then shards a model
-    inside each node and replicates it across nodes (hybrid sharding), where the network is slower.
-    """
+    """Join the processes of torchrun, or run as one process. Returns the device and the mesh of processes."""
     cuda = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:  # rank 0 may be downloading while the others wait
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        torch.cuda.set_device(device)
+    options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    options["timeout"] = datetime.timedelta(hours=2)  # rank 0 may be downloading while the others wait
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+    sys.excepthook = report
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if 1 < local < world and world % local == 0:
+    if 1 < local < world:  # shard inside a node, replicate across nodes
         return device, init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
     return device, init_device_mesh(device.type, (world,))
 
 
-def read_args(cls, check):
-    """Read the command line into the dataclass `cls`; a mistake that tyro or `check` finds is told in one line."""
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            args = tyro.cli(cls)
-    except SystemExit as stop:
-        if stop.code:
-            # tyro's box is a heading, a rule, what is wrong, another rule, and help that --help gives as well.
-            lines = [line.strip(" │╭╮╰╯─") for line in output.getvalue().splitlines()]
-            lines = [line for line in lines if line.strip("-")]
-            fail(" ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:])) or "unknown flags")
-        if dist.get_rank() == 0:
-            print(output.getvalue(), end="")
-        shut_down()
-        sys.exit(0)
-    with agreed():
-        check_values(args)
-        check(args)
-    return args
-
-
-def check_values(args) -> None:
-    """Refuse what no file or tensor could hold: text that is not UTF-8, enormous numbers."""
-    for name, value in vars(args).items():
-        for item in value if isinstance(value, list | tuple) else [value]:
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(item, str) and ("\0" in item or item.encode(errors="replace").decode() != item):
-                raise UserError(f"{flag} {item} is not text in UTF-8")
-            if isinstance(item, int) and item >= (2**63 if name == "seed" else 2**31):
-                raise UserError(f"{flag} is {item}; it must be below 2**{63 if name == 'seed' else 31}")
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of the forward and backward passes; `auto` is bfloat16 where the hardware multiplies in it."""
-    if name != "auto":
-        return getattr(torch, name)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
-
-
 def random_generator(*key) -> torch.Generator:
-    """A random generator of its own for every use, keyed by the seed, the use and the iteration.
-
-    Nothing random depends on what was drawn before it or on the number of processes.
-    """
+    """A separate generator per use, keyed by seed, use and iteration: no draw depends on earlier ones."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def locate(name: str, kind: Literal["model", "dataset"], flag: str) -> str:
-    """Check that a model or a data set is there: a path that exists is a path, anything else is a Hub id."""
-    if not name.strip():
-        raise UserError(f"{flag} is empty; give a path or an id of the Hub")
-    if os.path.exists(name):
-        if kind == "model":
-            check_folder(Path(name), flag)
-        return name
+def global_sum(**values) -> dict[str, float]:
+    """Sums of numbers over all ranks, by name."""
+    total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist(), strict=True))
+
+
+def load_rows(name: str, split: str, flag: str) -> datasets.Dataset:
+    """The rows of a jsonl, json, csv or parquet file, of a folder of such files, or of a dataset of the Hub."""
     try:
-        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
-    except Exception as exception:  # bad id, unknown id, no network, offline mode: the local cache may still have it
-        known = False
-        with contextlib.suppress(Exception):
-            cached = huggingface_hub.snapshot_download(name, repo_type=kind, local_files_only=True)
-            known = any(Path(cached).iterdir())
-        if not known:
-            raise UserError(
-                f"{flag} {name}: there is no path {Path(name).absolute()}, and no {kind} '{name}' could be had from "
-                f"the Hub ({type(exception).__name__})"
-            ) from None
-    return name
+        source = {"path": name}  # a path that exists is a path; anything else is a Hub id
+        if os.path.isfile(name):
+            suffix = Path(name.lower().removesuffix(".gz")).suffix.replace("jsonl", "json")[1:]
+            if suffix not in ("json", "csv", "parquet"):
+                raise ValueError("a data file ends in .jsonl, .json, .csv or .parquet")
+            source = {"path": suffix, "data_files": {split.split("[")[0]: name}}
+        rows = datasets.load_dataset(**source, split=split)
+        next(iter(rows))
+    except Exception as error:
+        reason = error.__cause__ or str(error) or "no rows"
+        place = "" if os.path.exists(name) else " (no path)"
+        raise UserError(f"{flag} {name}{place}: split '{split}' cannot be read: {reason}") from None
+    return rows
 
 
-def check_folder(folder: Path, flag: str) -> None:
-    """Refuse a folder that leads out of itself by links, or a model by the names of its files: a stranger may have
-    made it, and what is read or written there must be its own. Links into the Hub's cache are the library's way."""
-    root = Path(os.path.realpath(folder))
-    root = root.parents[1] if root.parent.name == "snapshots" else root
-    for path in [*folder.glob("*"), *folder.glob("*/*")]:
-        if not Path(os.path.realpath(path)).is_relative_to(root):
-            raise UserError(f"{flag} {folder}: {path.relative_to(folder)} is a link that leads out of the folder")
-    for path in folder.glob("*.index.json"):
-        names = []
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # told by who loads it
-            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-        for name in names:
-            if not isinstance(name, str) or name != os.path.basename(name):
-                raise UserError(f"{flag} {folder}: {path.name} names {name}, which is no file of the folder")
-
-
-def load_rows(name: str, split: str, columns: list[str], flag: str, others: tuple[str, ...] = ()) -> dict[str, list]:
-    """Columns of a jsonl, json, csv or parquet file, of a folder of such files, or of a data set of the Hub.
-
-    others: the columns of another form that the data may have instead.
-    """
-    readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    path = Path(locate(name, "dataset", flag))
-    try:
-        suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-        if path.is_file() and suffix not in readers:
-            raise ValueError(f"a data file ends in one of {', '.join(readers)}")
-        if path.is_file():
-            rows = datasets.load_dataset(readers[suffix], data_files={split.split("[")[0]: name}, split=split)
-        else:
-            rows = datasets.load_dataset(name, split=split)
-        if others and not set(columns) <= set(rows.column_names) and set(others) <= set(rows.column_names):
-            columns = list(others)
-        values = {column: rows[column][:] for column in columns if column in rows.column_names}
-    except Exception as exception:
-        reason = str(exception.__cause__ or exception).strip().partition("\n")[0]
-        # No first row to tell columns by, an empty slice, an empty parquet file
-        if isinstance(exception, StopIteration) or re.search("corresponds to no data|BatchSize .* got 0", reason):
-            reason = "it has no rows"
-        raise UserError(
-            f"{flag} {name}: split '{split}' cannot be read: {reason or type(exception).__name__}"
-        ) from None
-    missing = [column for column in columns if column not in values]
-    if missing:
-        expected = f" (nor all of {', '.join(others)})" if others else ""
-        there = ", ".join(rows.column_names)
-        raise UserError(f"{flag} {name}: no column '{missing[0]}'{expected}; the columns are {there}")
-    if len(rows) == 0:
-        raise UserError(f"{flag} {name}: split '{split}' has no rows")
+def read_column(rows: datasets.Dataset, column: str, source: str, labels: bool = False) -> list:
+    """A column of texts, none of them empty, or of labels 0 and 1; source: flag and name of the data."""
+    if column not in rows.column_names:
+        raise UserError(f"{source}: no column '{column}'; the columns are {', '.join(rows.column_names)}")
+    for row, value in enumerate(values := rows[column][:]):
+        if value not in (0, 1) if labels else not (isinstance(value, str) and value.strip()):
+            needed = "0 or 1" if labels else "a text"
+            raise UserError(f"{source}: row {row} has {str(value)[:80]!r} as '{column}', where {needed} is needed")
     return values
 
 
-def check_texts(texts: list, column: str, name: str, flag: str) -> None:
-    """Refuse rows without text: an empty prompt or response is a mistake in the data, not something to learn from."""
-    for row, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            state = "an empty" if text is None or isinstance(text, str) else "no text but a number or a list as"
-            raise UserError(f"{flag} {name}: row {row} has {state} '{column}'; take such rows out of the data")
-
-
-def load_tokenizer(name: str, trust_remote_code: bool):
-    """The tokenizer beside a model. One without a pad token pads with EOS: masks, not ids, tell what is padding."""
+def load_tokenizer(name: str, flag: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer beside a model. One without a pad token pads with EOS: masks, not ids, mark the padding."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as exception:
-        raise UserError(f"{name}: its tokenizer cannot be loaded: {exception}") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{name}: its tokenizer has no EOS token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        AutoConfig.from_pretrained(name, trust_remote_code=False)  # a model with code of its own is refused
+        if tokenizer.eos_token is None:
+            raise ValueError("it has no EOS token")
+    except Exception as error:
+        place = "" if os.path.exists(name) else " (no such path; without toy/ beside the script, give paths or Hub ids)"
+        raise UserError(f"{flag} {name}{place}: it cannot be loaded: {error}") from None
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
-def pad(sequences: list[list[int]], value: int, side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
+    """Tokens of prompts in their template ("chat": the tokenizer's own); with responses: prompt, response and EOS."""
+    chat = template == "chat"
+    try:
+        if not chat and "{prompt}" not in template:
+            raise ValueError("it has no {prompt} in it")
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts if chat]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    except Exception as error:
+        raise UserError(f"the prompt template '{template}' of {tokenizer.name_or_path} fails: {error}") from None
+    texts = texts if chat else [template.replace("{prompt}", prompt) for prompt in prompts]
+    texts = [text + response for text, response in zip(texts, responses or [""] * len(texts), strict=True)]
+    encoded, eos = tokenizer(texts, add_special_tokens=not chat)["input_ids"], tokenizer.eos_token_id
+    encoded = [ids[:-1] if ids[-1:] == [eos] else ids for ids in encoded]  # some tokenizers end every text in EOS
+    return encoded if responses is None else [[*ids, eos] for ids in encoded]
+
+
+def pad(tokenizer, texts: list[list[int]], side: str, device) -> tuple[Tensor, Tensor]:
     """Token lists as one tensor. Returns (ids, mask), both [batch, longest]; mask is 1 at tokens, 0 at padding."""
-    length = max(map(len, sequences))
-    ids = torch.full((len(sequences), length), value)
-    mask = torch.zeros(len(sequences), length, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        place = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
-        ids[row, place] = torch.tensor(sequence)
-        mask[row, place] = 1
-    return ids, mask
+    batch = tokenizer.pad({"input_ids": texts}, padding_side=side, return_attention_mask=True, return_tensors="pt")
+    return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
-def crop(
-    sequences: torch.Tensor, attention_mask: torch.Tensor, length: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Leave out the columns that are padding in all rows. Returns also what is left of the last `length` columns."""
-    used = attention_mask.any(0)
-    return sequences[:, used], attention_mask[:, used], int(used[used.shape[0] - length :].sum())
+def load_pairs(args: Args, name: str, split: str, flag: str, tokenizer, losses, size: int = 0) -> dict[str, list[dict]]:
+    """For each preference the same pairs, in the same order; with `size`, so many drawn at random.
 
-
-def part(ids: list[int], prompt_ids: list[int]) -> tuple[list[int], list[int]]:
-    """Tokens of a whole text as (prompt, response), parted where they first differ from the prompt's own."""
-    same = itertools.takewhile(lambda both: both[0] == both[1], zip(ids, prompt_ids, strict=False))
-    start = min(len(list(same)), len(ids) - 1)  # a response has at least its EOS
-    return ids[:start], ids[start:]
-
-
-def pad_texts(texts: list[tuple[list[int], list[int]]], value: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Texts (prompt, response) as the policy samples them: prompts padded on the left, responses on the right.
-
-    Returns sequences and attention mask, [batch, prompt + response], and response mask, [batch, response].
+    A pair is {prompt, responses, ids, desirable}; the last three have an entry per response, the chosen one's first.
+    ids: tokens of the prompt, tokens of the response with EOS. desirable: KTO's label, 1 or 0.
     """
-    prompt_ids, prompt_mask = pad([prompt for prompt, _ in texts], value, side="left")
-    response_ids, response_mask = pad([response for _, response in texts], value, side="right")
-    return torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, response_mask], 1), response_mask
-
-
-def in_template(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
-    """Tokens of prompts in their template, each with its response directly behind it where responses are given.
-
-    The template "chat" is the tokenizer's own: the prompt as the user's turn, then the head of the assistant's. It
-    brings its special tokens along.
-    """
-    if template == "chat":
-        if not tokenizer.chat_template:
-            raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; give one with {{prompt}}")
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        try:
-            texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
-        except Exception as exception:  # the template is a program, and may refuse
-            raise UserError(f"{tokenizer.name_or_path}: its chat template fails: {exception}") from None
-    else:
-        texts = [template.replace("{prompt}", prompt) for prompt in prompts]
-    if responses is not None:
-        texts = [text + response for text, response in zip(texts, responses, strict=True)]
-    return tokenizer(texts, add_special_tokens=template != "chat")["input_ids"] if texts else []
-
-
-def encode_prompts(tokenizer, template: str, prompts: list[str], source: str) -> list[list[int]]:
-    """Tokens of prompts in their template, for a policy to go on from; source: flag and name of the data."""
-    encoded = in_template(tokenizer, template, prompts)
-    # Some tokenizers end every text in EOS; a prompt that has ended would leave nothing to answer.
-    encoded = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in encoded]
-    if [] in encoded:
-        raise UserError(f"{source}: the prompt {prompts[encoded.index([])]!r} has no tokens; take it out of the data")
-    return encoded
-
-
-def encode_scored(
-    tokenizer, prompts: list[str], responses: list[str], template: str, max_length: int
-) -> list[list[int]]:
-    """Tokens of prompt, response and EOS as a score model reads them; a text over max_length tokens loses its end."""
-    encoded = in_template(tokenizer, template, prompts, responses)
-    eos = tokenizer.eos_token_id
-    return [(ids if ids[-1:] == [eos] else [*ids, eos])[:max_length] for ids in encoded]
-
-
-def positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position of every token counted from the first that is not padding, [batch, length]."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def load_pretrained(
-    cls,
-    name: str,
-    dtype: torch.dtype,
-    flag: str,
-    trust_remote_code: bool,
-    fresh: tuple[str, ...] = (),
-    left: tuple[str, ...] = (),
-    key_mapping: dict[str, str] | None = None,
-    **config,
-):
-    """A model of the library's class `cls`: with its weights on rank 0, on the meta device elsewhere (see `shard`).
-
-    Every weight is accounted for. fresh: weights that the checkpoint may lack; left: first letters of those that may
-    stay behind; key_mapping: other names of weights. Anything else is an error. Only safetensors are read: a pickle
-    could run code.
-    """
-    try:
-        if dist.get_rank() == 0:
-            model, info = cls.from_pretrained(
-                name,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to name them below
-                key_mapping=key_mapping,
-                **config,
-            )
-        else:
-            settings = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **config)
-            with torch.device("meta"):
-                model = cls.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
-            info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
-    except Exception as exception:
-        raise UserError(f"{flag} {name} cannot be loaded: {exception}") from None
-    missing = sorted(set(info["missing_keys"]) - set(fresh))
-    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(tuple(left)))
-    if missing or unexpected or info["mismatched_keys"]:
-        raise UserError(
-            f"{flag} {name} does not fit {cls.__name__}: weights missing {missing[:3]}, unexpected {unexpected[:3]}, "
-            f"of another shape {[key for key, *_ in info['mismatched_keys']][:3]}"
-        )
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):  # a dropped unit would change log-probabilities between two readings
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return model
-
-
-def is_small(model: nn.Module) -> bool:
-    """Whether every rank holds a copy of a model: 2^28 parameters take 4 GiB with gradients and moments in float32."""
-    return sum(parameter.numel() for parameter in model.parameters()) < 2**28
-
-
-def shard(model: nn.Module, mesh, dtype: torch.dtype, compiled: bool = False, cpu_offload: bool = False) -> nn.Module:
-    """FSDP2: each transformer block is gathered when it computes, the rest with the root.
-
-    A small model is not sharded: every rank has a copy, and only gradients are exchanged.
-
-    The weights are those of rank 0, the only process that ever holds them all; they reach the others tensor by tensor.
-    The shards keep the type the model was loaded in; blocks compute in `dtype`, gradients are reduced in float32.
-    compiled: whether the blocks are compiled when they first compute; those of one shape share the code.
-    """
-    weights = model.state_dict() if dist.get_rank() == 0 else {}
-    # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
-    buffers = {key: buffer for key, buffer in model.named_buffers() if key not in weights}
-    extra = [buffers, getattr(model, "generation_config", None)]
-    dist.broadcast_object_list(extra)
-    model.to_empty(device="meta")
-    model.tie_weights()  # moving a model between devices parts what is tied
-    blocks = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or [])}
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
-    units = [module for module in model.modules() if type(module).__name__ in blocks] + [model]
-    for block in units[:-1] if compiled else ():
-        torch._dynamo.config.recompile_limit = 64  # versions of that code: models, with and without gradients, lengths
-        block.compile()
-    if is_small(model):  # in FSDP2's terms: shards over one rank, replicated over all
-        units, shape = [model], (dist.get_world_size(), 1)
-        mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
-    for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
-    model.tie_weights()
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    for key, buffer in extra[0].items():
-        module, _, name = key.rpartition(".")
-        setattr(model.get_submodule(module), name, buffer.to(mesh.device_type))
-    if extra[1] is not None:
-        model.generation_config = extra[1]
-    return model
-
-
-def check_compiler(device: torch.device) -> None:
-    """See that torch.compile works here, before anything is loaded: it needs a C++ compiler, on CUDA also Triton."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except Exception as exception:  # none, one that fails, a cache that cannot be written
-        raise UserError(f"--compile: torch.compile does not work here: {exception}") from None
-
-
-def suit_attention(model: nn.Module, dtype: torch.dtype, longest: int) -> None:
-    """Let attention over texts of up to `longest` tokens be plain matrix products where they are the faster way.
-
-    On CPUs the backward pass of the fused kernel takes bfloat16 several times as long while texts are short.
-    """
-    if dtype == torch.bfloat16 and longest <= 128 and not torch.cuda.is_available():
-        model.set_attn_implementation("eager")
-
-
-def recompute_activations(model: nn.Module) -> None:
-    """Keep only the inputs of transformer blocks for the backward pass. The library is changing its method's name."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
-
-
-@contextlib.contextmanager
-def writing(beside: Path):
-    """Hold the writing of `beside`, NAME.part, up to its renaming; tell what cannot be written, as on a full disk."""
-    try:
-        yield
-    except (Exception, dcp.api.CheckpointException) as exception:
-        told = isinstance(exception, OSError | SafetensorError | dcp.api.CheckpointException)
-        if not told and type(exception) is not Exception:  # which is what a tokenizer raises on a full disk
-            raise
-        shutil.rmtree(beside, ignore_errors=True)
-        failures = getattr(exception, "failures", None) or {0: (exception, None)}  # of each rank
-        place, reason = str(beside).removesuffix(".part"), next(iter(failures.values()))[0]
-        raise UserError(f"{place} cannot be written: {reason}") from None
-
-
-def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
-    """Write safetensors, configuration and tokenizer: beside the folder first, so that no half-written one is met."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    beside = folder.with_name(folder.name + ".part")
-    with agreed(), writing(beside):
-        if dist.get_rank() == 0:
-            once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied ones have two names
-            state = {name: value for name, value in state.items() if name in once}
-            own_names = not hasattr(model, "save_pretrained")  # a ScoreModel, around the library's class
-            if own_names:
-                model, state = model.model, {name.removeprefix("model."): value for name, value in state.items()}
-            shutil.rmtree(beside, ignore_errors=True)
-            model.config.pad_token_id = tokenizer.pad_token_id
-            model.save_pretrained(beside, state_dict=state, save_original_format=not own_names)  # not Safe RLHF's
-            tokenizer.save_pretrained(beside)
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
-
-
-# ======================================================================================================================
-# Runs: their directory, checkpoints, going on
-# ======================================================================================================================
-# Flags that change neither the mathematics nor the random numbers of a run
-MAY_CHANGE = (
-    "output_dir resume save_every eval_every track push_to_hub hub_private micro_batch_size gradient_checkpointing "
-    "compile cpu_offload shard_over whole_rollout"
-)
-
-
-def find_run(args, dtype: torch.dtype) -> tuple[Path, dict]:
-    """The directory of a run, and of one to go on with what save_checkpoint wrote; nothing for a new one.
-
-    A directory that holds a run already is refused, but with --resume; the process ends if that run is finished.
-    """
-    if args.output_dir is not None and not args.output_dir.strip():
-        fail("--output-dir is empty; give a directory, or leave the flag out")
-    if args.resume and args.output_dir is None:
-        fail("--resume goes on with a run: give its --output-dir")
-    name = [args.output_dir]
-    if name[0] is None:
-        name = [f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    dist.broadcast_object_list(name)
-    folder, saved = Path(name[0]), [{}]
-    with agreed():
-        if dist.get_rank() == 0:
-            mine = "args.json metrics.jsonl eval.jsonl summary.json model model.part checkpoints tensorboard"
-            held = [entry for entry in f"{mine} stage1 stage2 merged".split() if os.path.lexists(folder / entry)]
-            try:
-                above = next(path for path in (folder, *folder.parents) if path.exists())
-            except OSError as exception:
-                raise UserError(f"--output-dir {folder} cannot be made: {exception}") from None
-            if not above.is_dir():
-                raise UserError(f"--output-dir {folder}: {above} is a file; choose a directory")
-            if held and args.resume and held[0] == "args.json":
-                try:
-                    check_folder(folder, "--output-dir")
-                    saved = [find_checkpoint(folder, args, dtype)]
-                except OSError as exception:
-                    raise UserError(f"--resume: {folder} cannot be read or written: {exception}") from None
-            elif held:
-                advice = "choose another directory or remove that one"
-                state = f"an unfinished run or other files ({held[0]})"
-                if "summary.json" in held:
-                    state = "a finished run"
-                elif held[0] == "args.json":
-                    advice += ", or go on with the run by --resume"
-                raise UserError(f"--output-dir {folder} holds {state}; {advice}")
-            if saved != [None] and not os.access(above, os.W_OK):
-                raise UserError(f"--output-dir {folder}: {above} cannot be written to; choose another directory")
-            if args.track:
-                check_tracking()
-            if args.push_to_hub is not None:
-                check_push(args)
-    dist.broadcast_object_list(saved)
-    if saved[0] is None:
-        if dist.get_rank() == 0:
-            print(f"the run in {folder} is finished")
-        if args.push_to_hub is not None:  # the upload may be what failed
-            push_models(args, folder)
-        shut_down()
-        sys.exit(0)
-    return folder, saved[0]
-
-
-@contextlib.contextmanager
-def written(folder: Path):
-    """Tell a full disk or a folder without permission in the user's words."""
-    try:
-        yield
-    except OSError as exception:
-        raise UserError(f"--output-dir {folder} cannot be written: {exception}") from None
-
-
-def fingerprints(**data: list) -> dict[str, str]:
-    """SHA-256 of each data set, by the name of its flag, over texts and tokens as the run uses them."""
-    digests = {name: hashlib.sha256() for name in data}
-    for name, rows in data.items():
-        for row in rows:
-            digests[name].update(repr(row).encode())
-    return {name: digest.hexdigest() for name, digest in digests.items()}
-
-
-def open_run(args, folder: Path, saved: dict, data: dict[str, str]):
-    """Make the output directory on rank 0, with args.json in it, once nothing can be wrong with the run any more.
-
-    The logs of a run to go on with are cut back to its checkpoint; data (`fingerprints`) must be those it began with.
-    Returns TensorBoard's writer and, with --track, the W&B run; None for both on other ranks.
-    """
-    with agreed(), written(folder):
-        for name, digest in saved.get("data", data).items():
-            if digest != data[name]:
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise UserError(f"--resume: {flag} holds other data than when the run began; restore them")
-        if dist.get_rank() != 0:
-            return None, None
-        folder.mkdir(parents=True, exist_ok=True)
-        if not args.resume or not (folder / "args.json").exists():
-            with (folder / "args.json").open("x", encoding="utf-8"):  # not one that has just begun here
-                write_json(folder / "args.json", dataclasses.asdict(args))
-        for log in log_sizes(folder):
-            size = saved.get("logs", {}).get(log, 0)
-            os.truncate(folder / log, size) if size else (folder / log).unlink()
-        # What its thread cannot write is raised again by the next call, which tells it: no traceback beside that.
-        threading.excepthook = lambda failed: issubclass(failed.exc_type, OSError) or threading.__excepthook__(failed)
-        return SummaryWriter(folder / "tensorboard"), start_tracking(args, folder) if args.track else None
-
-
-def find_checkpoint(folder: Path, args, dtype: torch.dtype) -> dict | None:
-    """What save_checkpoint wrote of the newest whole checkpoint, {} if there is none, None if the run is finished.
-
-    Flags that the run did not have are refused by name, but for those that change neither the mathematics nor the
-    random numbers.
-    """
-    settings = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples are lists in JSON
-    try:
-        before = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError
-    except ValueError:  # killed while it was written: then nothing else is there yet
-        if (folder / "checkpoints").exists():
-            raise UserError(f"--resume: {folder / 'args.json'} is not what a run writes; restore it") from None
-        before = settings
-        write_json(folder / "args.json", settings)
-    for key in [key for key in before | settings if key not in MAY_CHANGE.split()]:
-        flag, value, given = f"--{key.replace('_', '-')}", before.get(key), settings.get(key)
-        if value != given or (key in before) != (key in settings):
-            raise UserError(f"--resume: the run in {folder} has {flag} {value}, not {given}; give the same flags")
-    if (folder / "summary.json").exists():
-        return None
-    name, sizes = str(dtype).removeprefix("torch."), log_sizes(folder)
-    for place in sorted((folder / "checkpoints").glob("[0-9]*[0-9]"), reverse=True):
-        try:
-            if checksums(place) != (place / "SHA256SUMS").read_text(encoding="utf-8"):
-                raise ValueError("its files are not those that SHA256SUMS was made of")
-            found = json.loads((place / "state.json").read_text(encoding="utf-8"))
-            logs = {log: int(size) for log, size in found["logs"].items()}
-            saved = found["state"] | {"checkpoint": str(place), "logs": logs}
-            computed = saved["dtype"]
-            for file in place.glob("*.safetensors"):
-                with safe_open(file, "pt"):  # its head can be read
-                    pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as exception:
-            print(f"passed over the checkpoint {place}, which is not whole: {exception}", file=sys.stderr, flush=True)
-            continue
-        for log, size in saved["logs"].items():
-            if sizes.get(log, -1) < size:
-                raise UserError(f"--resume: {folder / log} has lost lines since {place} was written; restore it")
-        if computed != name:
-            raise UserError(f"--resume: the run in {folder} has computed in {computed}, not {name}; set --dtype")
-        print(f"resuming the run in {folder} from {place}", file=sys.stderr, flush=True)
-        return saved
-    print(f"resuming the run in {folder} from the start, as there is no checkpoint", file=sys.stderr, flush=True)
-    return {}
-
-
-def log_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the files of a run that grow by what is added at their end, by their names in its directory."""
-    files = [folder / "metrics.jsonl", folder / "eval.jsonl", *(folder / "tensorboard").glob("*")]
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files if path.is_file()}
-
-
-def training_state(**trained) -> dict[str, torch.Tensor]:
-    """Weights and optimizer states of pairs (model, optimizer) by name; loading them fills these tensors in place."""
-    tensors = {}
-    for name, (model, optimizer) in trained.items():
-        model.reshard()  # a forward pass without gradients leaves what is not in a block whole
-        tensors |= {f"{name}.{key}": value.detach() for key, value in model.named_parameters()}
-        fresh = not optimizer.state
-        moments = get_optimizer_state_dict(
-            model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
-        )
-        for moment in optimizer.state.values() if fresh else ():
-            moment["step"].zero_()  # that call made the states by a step without gradients, which must not count
-        tensors |= {f"{name}.{key}": value for key, value in moments.items() if torch.is_tensor(value)}
-    return tensors
-
-
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype, state: dict) -> None:
-    """Write what a run needs to go on after `step`: safetensors and JSON in folder/checkpoints. Keep the newest two.
-
-    Every rank writes its shards. They are written beside and renamed, so that a kill at any time leaves whole ones.
-    """
-    place = folder / "checkpoints" / f"{step:08d}"
-    beside = place.with_suffix(".part")
-    # A rank copies a whole file to CPU memory before it writes it, so that the files must not be large.
-    files = 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // 2**34
-    numbers = {name: 1 + i * files // len(tensors) for i, name in enumerate(tensors)}
-    state = state | {"dtype": str(dtype).removeprefix("torch."), "processes": dist.get_world_size()}
-    with agreed(), writing(beside):
-        if dist.get_rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-    with agreed(), writing(beside):  # an error of one rank becomes one of all
-        writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
-    with agreed(), writing(beside):
-        if dist.get_rank() == 0:
-            write_json(beside / "state.json", {"logs": log_sizes(folder), "state": state})
-            (beside / "SHA256SUMS").write_text(checksums(beside), encoding="utf-8")
-            shutil.rmtree(place, ignore_errors=True)
-            beside.rename(place)
-            steps = sorted(int(path.name) for path in place.parent.glob("[0-9]*[0-9]"))
-            for old in [number for number in steps if number <= step][:-2]:  # later ones were passed over
-                shutil.rmtree(place.with_name(f"{old:08d}"))
-
-
-def checksums(folder: Path) -> str:
-    """SHA-256 of the files of a checkpoint, in the form that `sha256sum --check SHA256SUMS` reads."""
-    files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
-
-    def digest(path: Path) -> str:
-        if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{path.name} is no file of its own")
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor() as pool:  # the digests of large files are computed beside each other
-        digests = list(pool.map(digest, files))
-    return "".join(f"{digest}  {path.name}\n" for digest, path in zip(digests, files, strict=True))
-
-
-def load_checkpoint(saved: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill the tensors of a run with those of a checkpoint, from whatever number of processes it came."""
-    try:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(saved["checkpoint"]))
-    except dcp.api.CheckpointException as exception:  # the same on all ranks
-        reason = next(iter(exception.failures.values()))[0]
-        fail(f"--resume: {saved['checkpoint']} cannot be loaded: {reason}; remove it to go on from the one before")
-
-
-def heed_sigterm() -> threading.Event:
-    """From now on SIGTERM only sets the event that is returned; the training loop saves and stops between two steps.
-
-    After the last step a run is heedless of it: what is left to do is its result.
-    """
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return stop
-
-
-def stop_run(folder: Path, what: str) -> NoReturn:
-    """End a run that SIGTERM stopped and that has just saved a checkpoint, with the status that shells give to it."""
-    if dist.get_rank() == 0:
-        message = f"stopped by SIGTERM after {what}; to go on, add --resume --output-dir {folder} to the same command"
-        print(message, file=sys.stderr, flush=True)
-    shut_down()
-    sys.exit(128 + signal.SIGTERM)
-
-
-# ======================================================================================================================
-# Figures: logs, sums over ranks
-# ======================================================================================================================
-def finite(value):
-    """The same value with null for each number that is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, value) -> None:
-    """Written beside and renamed: a kill or a full disk leaves a whole file or none."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
-def append_json(path: Path, rows: list[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
-
-
-def my_share(count: int) -> list[int]:
-    """The indices below `count` that this rank handles. All ranks get equally many, as FSDP needs the same number of
-    passes from each: the last ones may repeat an index, which gather_rows drops."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return [(rank + world * i) % count for i in range(math.ceil(count / world))]
-
-
-def global_sum(*values: float, device: torch.device) -> list[float]:
-    """Sums of numbers over all ranks."""
-    total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def clip_gradients(model: nn.Module, max_grad_norm: float) -> float:
-    """Clip the gradients of a sharded model to a norm. Returns the norm before, not finite if any gradient is not."""
-    return nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
-
-
-# ======================================================================================================================
-# Sharing: model cards, the Hub, Weights & Biases
-# ======================================================================================================================
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name given for a model or a data set is an id of the Hub: a path that exists is a path (`locate`)."""
-    if name is None or os.path.exists(name):
-        return False
-    with contextlib.suppress(huggingface_hub.errors.HFValidationError):
-        huggingface_hub.utils.validate_repo_id(name)
-        return True
-    return False
-
-
-def as_code(value) -> str:
-    """A setting as Markdown's code in a cell of a table; the project's own files by their path in it."""
-    text = value.removeprefix(f"{TOY.parent}{os.sep}") if isinstance(value, str) else json.dumps(value)
-    text = text.replace("\n", "\\n").replace("|", "\\|")
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence} {text} {fence}" if "`" in text or text.strip() != text else f"{fence}{text}{fence}"
-
-
-def as_table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def as_figure(value: float | None) -> str:
-    return f"{value:.4g}" if value is not None and math.isfinite(value) else "not finite"
-
-
-def write_card(args, folder: Path, what: str, measured: str, results: dict, dtype, seconds: float, saved: dict) -> None:
-    """Write the card of a saved model, README.md in its folder: YAML for the Hub, then text for people.
-
-    what: what the model is; measured: what the figures are; results: columns of figures by their names; saved: the
-    checkpoint that the run has gone on from, if any. Rank 0 writes. A card that fails is told and ends no run.
-    """
-    if dist.get_rank() != 0:
-        return
-    try:
-        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-        heads = ("SequenceClassification", "TokenClassification")
-        head = next((head for head in heads if architecture.endswith(f"For{head}")), "CausalLM")
-        settings = dataclasses.asdict(args)
-        data = [settings.get(flag) for flag in ("dataset", "eval_dataset", "ptx_dataset")]
-        card = huggingface_hub.ModelCardData(  # without a licence: the run does not know it
-            base_model=args.model if is_hub_id(args.model) else None,
-            datasets=list(dict.fromkeys(filter(is_hub_id, data))) or None,
-            library_name="transformers",
-            pipeline_tag="text-generation" if head == "CausalLM" else "text-classification",
-            tags=[Args.exp_name.replace("_", "-"), "rlhf", "safe-rlhf", "safety"],
-        )
-        links = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", __doc__)
-        method, _, sources = re.match(r"(.*)\n\n(Sources?: )(.*?)\n\n", links, re.DOTALL).groups()
-        if head == "CausalLM":
-            use = "It answers a prompt in the template of `--prompt-template`, directly behind it."
-        else:
-            use = "It reads a prompt in the template of `--prompt-template`, a response and EOS; the last score counts."
-        figures = next(iter(results.values()), {})
-        rows = [[name.replace("_", " "), *(as_figure(column[name]) for column in results.values())] for name in figures]
-        kept = {name: value for name, value in settings.items() if value is not None and name not in MAY_CHANGE.split()}
-        flags = [[f"`--{name.replace('_', '-')}`", as_code(value)] for name, value in kept.items()]
-        world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        nodes = f" --nnodes {world // local}" if world > local else ""
-        launcher = f"torchrun{nodes} --nproc_per_node {local}" if "RANK" in os.environ else "python"
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        made = {
-            "seed": args.seed,
-            "computed in": f"{str(dtype).removeprefix('torch.')}, weights in float32",
-            "processes": world,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "wall time": f"{seconds:.0f} s",
-            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
-            f"datasets {datasets.__version__}, Python {sys.version.split()[0]}",
-            "finished (UTC)": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-        }
-        if saved:
-            made["went on from checkpoint"] = f"{int(Path(saved['checkpoint']).name)}; the time is that of all parts"
-        text = f"""---
-{card.to_yaml()}
----
-
-# {Path(args.model).name}: {what}
-
-Made from {as_code(args.model)} by `{Path(__file__).name}`. `AutoModelFor{head}` and `AutoTokenizer` load it.
-{use}
-
-## Results
-
-{measured}
-
-{as_table(["", *results], rows) if rows else ""}
-
-## Method
-
-{method}
-
-## Settings
-
-All flags that change the result; one that is not listed was not set.
-
-{as_table(["flag", "value"], flags)}
-
-## How it was made
-
-````bash
-{launcher} {command}
-````
-
-{as_table(["", ""], [[name, str(value)] for name, value in made.items()])}
-
-## Limits
-
-"Safe" means what the cost model says of a response or, where none was used, what the labels of the data say. Where
-these err, this model has learnt the error. The figures above are the run's own, on held-out data like those it learnt
-from; nobody else has judged this model, and it may err, also in harmful ways.
-
-## Licence
-
-None is granted here: that of the base model holds, and those of the data.
-
-## Citation
-
-Please cite the papers of the method: {sources}
-"""
-        (folder / "README.md").write_text(text, encoding="utf-8")
-    except Exception as exception:  # nothing about a card is worth a run
-        reason = " ".join(str(exception).split())
-        print(f"the model card of {folder} could not be written: {reason}", file=sys.stderr, flush=True)
-
-
-def check_push(args) -> None:
-    """Make the repository of --push-to-hub unless it is there, and see that this token may write to it."""
-    flag = f"--push-to-hub {args.push_to_hub}"
-    try:
-        huggingface_hub.utils.validate_repo_id(args.push_to_hub)
-        _, _ = args.push_to_hub.split("/")
-    except ValueError:
-        raise UserError(f"{flag} is not the id of a repository; give namespace/name") from None
-    if huggingface_hub.is_offline_mode():
-        raise UserError(f"{flag}: HF_HUB_OFFLINE is set, and nothing can be pushed; unset it or leave the flag out")
-    if huggingface_hub.get_token() is None:
-        raise UserError(f"{flag} needs a token of the Hub that may write: run hf auth login, or set HF_TOKEN")
-    hub = huggingface_hub.HfApi()
-    try:
-        hub.create_repo(args.push_to_hub, private=args.hub_private, exist_ok=True)
-        hub.auth_check(args.push_to_hub, write=True)  # one that is there may be somebody else's
-    except Exception as exception:  # refused, no network, anything else between here and the Hub
-        raise UserError(f"{flag}: the Hub does not let this token write there: {exception}") from None
-
-
-def push_models(args, folder: Path) -> None:
-    """Upload a finished run's model and its card to the repository of --push-to-hub, mixtures to merged/ in it.
-
-    Rank 0 uploads, the others wait. An upload that fails ends with the command that does it by hand.
-    """
-    with agreed():
-        if dist.get_rank() == 0:
-            for model in [folder / "model", *sorted((folder / "merged").glob("*"))]:
-                place = "." if model.name == "model" else f"merged/{model.name}"
-                message = f"Upload {model.name} of {folder.name}"
-                try:
-                    huggingface_hub.HfApi().upload_folder(
-                        repo_id=args.push_to_hub,
-                        folder_path=model,
-                        path_in_repo=place.removeprefix("."),
-                        commit_message=message,
-                    )
-                except Exception as exception:
-                    raise UserError(
-                        f"--push-to-hub {args.push_to_hub}: the run is finished and its model is in {model}, but the "
-                        f"upload failed: {exception}; by hand: hf upload {args.push_to_hub} {model} {place}"
-                    ) from None
-            print(f"pushed to {huggingface_hub.constants.ENDPOINT}/{args.push_to_hub}")
-
-
-def check_tracking() -> None:
-    """Refuse --track without its package, or online without a key, before there is anything to track."""
-    if not importlib.util.find_spec("wandb"):
-        raise UserError("--track needs the wandb package: pip install wandb")
-    import wandb
-
-    try:
-        ready = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
-    except wandb.errors.Error as exception:
-        raise UserError(f"--track: the key of Weights & Biases cannot be used: {exception}") from None
-    if not ready:
-        raise UserError("--track: no key of Weights & Biases; run wandb login, or set WANDB_MODE=offline")
-
-
-def start_tracking(args, folder: Path):
-    """The W&B run of this run, which keeps its id in wandb_id, so that --resume goes on in the same one.
-
-    Where no server answers, W&B keeps everything on disk, for wandb sync, and the training does not wait.
-    """
-    import wandb
-
-    kept = folder / "wandb_id"
-    settings = dict(
-        project=os.environ.get("WANDB_PROJECT", "safe-rlhf"),
-        name=folder.name,
-        id=kept.read_text(encoding="utf-8").strip() if kept.exists() else None,
-        resume="allow",
-        config=dataclasses.asdict(args),
-        settings=wandb.Settings(finish_timeout=300),  # a server that is lost must not hold the end, either
-    )
-    try:
-        run = wandb.init(**settings)
-    except wandb.errors.Error as exception:
-        print(f"--track: W&B cannot be reached and goes offline: {exception}", file=sys.stderr, flush=True)
-        wandb.teardown()  # it would hold the id
-        run = wandb.init(**settings, mode="offline")
-    kept.write_text(f"{run.id}\n", encoding="utf-8")
-    return run
-
-
-# ======================================================================================================================
-# Training
-# ======================================================================================================================
-def check_args(args: Args) -> None:
-    above_zero = (
-        "max_prompt_length max_length beta beta_over_lambda epochs batch_size micro_batch_size learning_rate "
-        "max_grad_norm"
-    )
-    zero_or_more = "train_size warmup_ratio weight_decay save_every"
-    for name in above_zero.split() + zero_or_more.split():
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if not (0 < value < math.inf if name in above_zero.split() else 0 <= value < math.inf):
-            raise UserError(f"{flag} is {value}; it must be {'above 0' if name in above_zero.split() else '0 or more'}")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed is {args.seed}; it must be from 0 to 2**63 - 1")
-    if args.warmup_ratio > 1:
-        raise UserError(f"--warmup-ratio is {args.warmup_ratio}; it must be at most 1")
-    if args.batch_size % dist.get_world_size():
-        raise UserError(
-            f"--batch-size {args.batch_size} does not divide among {dist.get_world_size()} processes; "
-            f"give a multiple of {dist.get_world_size()}"
-        )
-    if "{prompt}" not in args.prompt_template and args.prompt_template != "chat":
-        raise UserError(f"--prompt-template '{args.prompt_template}' has no {{prompt}} in it")
-    if args.max_length <= args.max_prompt_length:
-        raise UserError(
-            f"--max-length {args.max_length} leaves no room for a response to --max-prompt-length "
-            f"{args.max_prompt_length} tokens; raise it, or lower the latter"
-        )
-    if not args.stages or len(set(args.stages)) < len(args.stages):
-        raise UserError(f"--stages {' '.join(args.stages)}: give helpful or safe, or both, each once")
-    if len(args.loss) not in (1, len(args.stages)):
-        raise UserError(f"--loss {' '.join(args.loss)}: give one loss, or one for each of --stages")
-    if "kto" in args.loss and args.batch_size == 1:
-        raise UserError("--batch-size is 1; the loss kto compares with the other prompts of a batch: give 2 or more")
-    for q in args.merge_q:
-        if not 0 <= q <= 1:
-            raise UserError(f"--merge-q {q}: q must be from 0 to 1")
-    if len({f"{q:g}" for q in args.merge_q}) < len(args.merge_q):
-        values = " ".join(map(str, args.merge_q))
-        raise UserError(f"--merge-q {values}: give each q once; six digits of it name its folder")
-    if args.merge_q and len(args.stages) == 1:
-        raise UserError("--merge-q mixes the results of two --stages; there is one")
-
-
-def plan(args: Args) -> list[tuple[str, str, float]]:
-    """Preference, loss and β of each stage. β belongs to the preference, whatever the order."""
-    losses = args.loss * len(args.stages) if len(args.loss) == 1 else args.loss
-    betas = {"helpful": args.beta, "safe": args.beta_over_lambda}
-    return [(preference, loss, betas[preference]) for preference, loss in zip(args.stages, losses, strict=True)]
-
-
-def load_preferences(args: Args, name: str, split: str, flag: str, tokenizer, size: int = 0) -> dict[str, list[Pair]]:
-    """The same pairs, in the same order, for the preference of each stage; with `size`, so many drawn at random.
-
-    Prompts over --max-prompt-length are dropped and counted. A text is tokenised as a whole, since a tokenizer may join
-    the end of a prompt with what follows, and parted where it leaves the prompt's own tokens.
-    """
-    choices = {"helpful": "better_response_id", "safe": "safer_response_id"}
-    safe = ["is_response_0_safe", "is_response_1_safe"]
-    labels = safe if any((preference, loss) == ("safe", "kto") for preference, loss, _ in plan(args)) else []
-    answers, chosen = ["response_0", "response_1"], [choices[preference] for preference in args.stages]
-    columns = load_rows(name, split, ["prompt", *answers, *chosen, *labels], flag)
-    for column in ("prompt", *answers):
-        check_texts(columns[column], column, name, flag)
-    for row in range(len(columns["prompt"])):
-        for column in (*chosen, *labels):
-            if columns[column][row] not in (0, 1):  # some readers make 0.0 or False of 0
-                allowed = "true or false" if column in labels else "0 or 1"
-                raise UserError(f"{flag} {name}: row {row} has {column} {columns[column][row]!r}; it must be {allowed}")
-
-    distinct = list(dict.fromkeys(columns["prompt"]))
-    encoded = encode_prompts(tokenizer, args.prompt_template, distinct, f"{flag} {name}")
-    prompt_ids = dict(zip(distinct, encoded, strict=True))
-    rows = [row for row, text in enumerate(columns["prompt"]) if len(prompt_ids[text]) <= args.max_prompt_length]
-    dropped = len(columns["prompt"]) - len(rows)
-    if dropped and dist.get_rank() == 0:
-        print(
-            f"{flag}: dropped {dropped} of {len(columns['prompt'])} pairs, their prompts are over --max-prompt-length "
-            f"{args.max_prompt_length}"
-        )
-    if not rows:
-        raise UserError(f"{flag} {name}: all prompts are over --max-prompt-length {args.max_prompt_length}")
-    if 0 < size < len(rows):
-        drawn = torch.randperm(len(rows), generator=random_generator(args.seed, "subset"))[:size]
-        rows = [rows[i] for i in sorted(drawn.tolist())]
-
-    prompts = [columns["prompt"][row] for row in rows]
-    texts = []
-    for column in answers:
-        responses = [columns[column][row] for row in rows]
-        texts.append(encode_scored(tokenizer, prompts, responses, args.prompt_template, args.max_length))
-    pairs = {preference: [] for preference in args.stages}
-    for row, prompt, *both in zip(rows, prompts, *texts, strict=True):
-        ids = [part(whole, prompt_ids[prompt]) for whole in both]
-        if not all(before for before, _ in ids):
-            raise UserError(f"{flag} {name}: row {row}: no token of the prompt comes before the response")
-        for preference, loss, _ in plan(args):
-            first = int(columns[choices[preference]][row])
-            desirable = [True, False]
-            if (preference, loss) == ("safe", "kto"):
-                desirable = [bool(columns[safe[i]][row]) for i in (first, 1 - first)]
-            responses = [columns[answers[i]][row] for i in (first, 1 - first)]
-            pairs[preference].append(Pair(prompt, responses, [ids[first], ids[1 - first]], desirable))
+    rows, source, limit = load_rows(name, split, flag), f"{flag} {name}", args.max_prompt_length
+    prompts, *responses = (read_column(rows, column, source) for column in ("prompt", "response_0", "response_1"))
+    heads = encode(tokenizer, args.prompt_template, prompts)
+    kept = [row for row, head in enumerate(heads) if 0 < len(head) <= limit]
+    say(f"{flag}: kept {len(kept)} of {len(rows)} pairs, dropped those with prompts over --max-prompt-length {limit}")
+    if not kept:
+        raise UserError(f"{source}: all prompts are over --max-prompt-length {limit}")
+    if 0 < size < len(kept):
+        drawn = torch.randperm(len(kept), generator=random_generator(args.seed, "subset"))[:size]
+        kept = [kept[i] for i in sorted(drawn.tolist())]
+    encoded, pairs = [{}, {}], {}  # ids of both responses by row
+    for i in (0, 1):
+        texts = [prompts[row] for row in kept], [responses[i][row] for row in kept]
+        for row, ids in zip(kept, encode(tokenizer, args.prompt_template, *texts), strict=True):
+            ids = ids[: args.max_length]  # a tokenizer may join the end of a prompt with what follows
+            start = min(len(os.path.commonprefix([ids, heads[row]])), len(ids) - 1)
+            encoded[i][row] = (ids[:start], ids[start:])
+    for preference, loss in zip(args.stages, losses, strict=True):
+        column = "better_response_id" if preference == "helpful" else "safer_response_id"
+        chosen, pairs[preference] = read_column(rows, column, source, labels=True), []
+        labels = [[1 - value for value in chosen], chosen]  # KTO's, for both responses
+        if (preference, loss) == ("safe", "kto"):
+            labels = [read_column(rows, f"is_response_{i}_safe", source, labels=True) for i in (0, 1)]
+        for row in kept:
+            order = (int(chosen[row]), 1 - int(chosen[row]))
+            columns = {"responses": responses, "ids": encoded, "desirable": labels}
+            both = {name: [values[i][row] for i in order] for name, values in columns.items()}
+            pairs[preference].append({"prompt": prompts[row]} | both)
     return pairs
 
 
-def stage_batches(seed: int, preference: str, epochs: int, pairs: int, batch: int) -> list[list[int]]:
-    """The pairs of each global batch of a stage: a new order every epoch, whose last incomplete batch is left out."""
-    batches = []
-    for epoch in range(epochs):
-        order = torch.randperm(pairs, generator=random_generator(seed, "pairs", preference, epoch)).tolist()
-        batches += [order[start : start + batch] for start in range(0, pairs - batch + 1, batch)]
-    return batches
+def load_model(cls, name, flag, *, mesh, dtype, longest, config=None, unused=(), cpu_offload=False, loading=None):
+    """A model of the library's class `cls` in evaluation mode, sharded by FSDP2. Rank 0 alone reads its weights.
+
+    longest: tokens of the longest text. unused: prefixes of weight names that may be missing or left over.
+    """
+    loading = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True} | (loading or {})
+    try:
+        config = config or AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if longest > (limit := getattr(config, "max_position_embeddings", None) or longest):
+            raise ValueError(f"it reads {limit} tokens, but a text may have {longest}; lower the length flags")
+        for key in [key for key, value in vars(config).items() if "drop" in key and isinstance(value, float)]:
+            setattr(config, key, 0.0)  # dropout would change log-probabilities between two forward passes
+        if dist.get_rank() == 0:
+            model, info = cls.from_pretrained(name, config=config, output_loading_info=True, **loading)
+            keys = {*info["missing_keys"], *info["unexpected_keys"], *(key[0] for key in info["mismatched_keys"])}
+            if wrong := sorted(key for key in keys if not key.startswith(unused)):
+                raise ValueError(f"{cls.__name__} lacks, or does not expect, the weights {', '.join(wrong[:4])}")
+        else:
+            with torch.device("meta"):
+                model = cls.from_config(config, dtype=loading["dtype"])
+    except Exception as error:
+        raise UserError(f"{flag} {name} cannot be loaded: {error}") from None
+    if dtype == torch.bfloat16 and longest <= 128 and mesh.device_type == "cpu":
+        model.set_attn_implementation("eager")  # the fused kernel's backward pass is slow there on short texts
+    shard(model, mesh, dtype, cpu_offload)
+    return model.eval()
 
 
-def undesirable_weight(pairs: list[Pair], flag: str) -> float:
-    """KTO's w_U for w_D = 1: desirable responses for each undesirable one, so that both sides count the same."""
-    labels = [label for pair in pairs for label in pair.desirable]
-    if all(labels) or not any(labels):
-        raise UserError(
-            f"{flag}: all responses are {'safe' if any(labels) else 'unsafe'}, the loss kto needs both; use --loss dpo"
-        )
-    return sum(labels) / (len(labels) - sum(labels))
+def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool) -> None:
+    """FSDP2: each transformer block is gathered when it computes, the rest with the root; gradients are in float32."""
+    weights = model.state_dict() if dist.get_rank() == 0 else {}
+    # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
+    buffers = [(key, buffer) for key, buffer in model.named_buffers() if key not in weights]
+    extra = [buffers, getattr(model, "generation_config", None)]
+    dist.broadcast_object_list(extra)
+    buffers, model.generation_config = extra
+    model.to_empty(device="meta")
+    model.tie_weights()  # moving a model to another device unties its tied weights
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if sum(parameter.numel() for parameter in model.parameters()) < 2**28:  # small: every rank has a copy, in FSDP2's
+        blocks, shape = [], (dist.get_world_size(), 1)  # terms sharded over one rank and replicated over all
+        mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+    for unit in [*blocks, model]:
+        fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32), offload_policy=offload)
+    model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    model.tie_weights()
+    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp_state.set_model_state_dict(model, weights, options=options)
+    for key, buffer in buffers:
+        module, _, name = key.rpartition(".")
+        setattr(model.get_submodule(module), name, buffer.to(mesh.device_type))
 
 
-@torch.no_grad()
-def all_logprobs(policy, pairs: list[Pair], micro_batch_size: int, pad_id: int, device) -> torch.Tensor:
-    """pair_logprobs of many pairs, [pairs, 2]: every rank reads its share, and all get the whole."""
-    if not pairs:
-        return torch.zeros(0, 2, device=device)
-    lengths = [max(len(prompt) + len(response) for prompt, response in pair.ids) for pair in pairs]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths: little padding
-    mine = [pairs[order[i]] for i in my_share(len(pairs))]
-    starts = range(0, len(mine), micro_batch_size)
-    share = torch.cat([pair_logprobs(policy, mine[i : i + micro_batch_size], pad_id, device) for i in starts])
-    shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
-    dist.all_gather(shares, share)
-    logprobs = torch.empty(len(pairs), 2, device=device)
-    logprobs[order] = torch.stack(shares, dim=1).flatten(0, 1)[: len(pairs)]  # undoes my_share
-    return logprobs
+def reshard(model: nn.Module) -> None:
+    """Give back the memory of gathered parameters: without a backward pass FSDP2 keeps those of the root."""
+    for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
+        unit.reshard()
 
 
-def held_out_result(log_ratios: torch.Tensor) -> dict[str, float]:
-    """What log π/π_ref of held-out pairs, [pairs, 2] with the chosen response first, says of the policy."""
-    chosen, rejected = log_ratios.T
-    return {
-        "pair_accuracy": (chosen > rejected).float().mean().item(),
-        "chosen_log_ratio": chosen.mean().item(),
-        "rejected_log_ratio": rejected.mean().item(),
-    }
+def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
+    """Write safetensors, configuration and tokenizer: under another name first, then renamed: never half-written."""
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp_state.get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        beside = folder.with_name(folder.name + ".part")
+        once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights have two names
+        model.config.pad_token_id = tokenizer.pad_token_id
+        state = {name: value for name, value in state.items() if name in once}
+        if not all(value.isfinite().all() for value in state.values()):
+            raise UserError(f"the weights for {folder} are not finite; lower --learning-rate")
+        model.save_pretrained(beside, state_dict=state, save_original_format=not hasattr(model, "score"))
+        tokenizer.save_pretrained(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    dist.barrier()
 
 
-def copy_shards(policy) -> dict[str, torch.Tensor]:
-    """This rank's part of the weights, in CPU memory."""
-    return {name: value.to_local().to("cpu", copy=True) for name, value in policy.state_dict().items()}
+LOGS = ("metrics.jsonl", "eval.jsonl")
+MAY_CHANGE = "output_dir resume save_every eval_every track micro_batch_size gradient_checkpointing cpu_offload"
 
 
-def main(device: torch.device, mesh) -> None:
-    args = read_args(Args, check_args)
-    start_time = time.time()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    dtype = compute_dtype(args.dtype, device)
-    if args.shard_over == "world":
-        mesh = init_device_mesh(device.type, (world,))
+def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
+    """Lock the output directory while rank 0 lives. Returns it, the newest checkpoint's state and TensorBoard's writer.
 
-    # ---- Pairs and model: everything a mistake may hide in comes before the output directory is made
-    folder, saved = find_run(args, dtype)
-    with agreed():
-        if args.compile:
-            check_compiler(device)
-        locate(args.model, "model", "--model")
-        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-        train_pairs = load_preferences(args, args.dataset, args.dataset_split, "--dataset", tokenizer, args.train_size)
-        eval_pairs = load_preferences(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer)
-        count = len(train_pairs[args.stages[0]])
-        steps_per_epoch = count // args.batch_size
-        if steps_per_epoch == 0:
-            raise UserError(f"--batch-size {args.batch_size} is more than the {count} training pairs")
-        weights = {
-            preference: undesirable_weight(train_pairs[preference], f"--dataset {args.dataset}")
-            for preference, loss, _ in plan(args)
-            if loss == "kto"
-        }
-        policy = load_pretrained(AutoModelForCausalLM, args.model, torch.float32, "--model", args.trust_remote_code)
-        ids = [ids for pairs in (train_pairs, eval_pairs) for pair in pairs[args.stages[0]] for ids in pair.ids]
-        longest = max(len(prompt) + len(response) for prompt, response in ids)
-        if weights:  # z_0 is read on other combinations
-            longest = max(len(prompt) for prompt, _ in ids) + max(len(response) for _, response in ids)
-            longest = min(longest, args.max_length)
-        limit = getattr(policy.config, "max_position_embeddings", None) or longest
-        if longest > limit:
-            raise UserError(f"a text has {longest} tokens, but --model reads {limit}: lower --max-length to {limit}")
-    suit_attention(policy, dtype, longest)
-    shard(policy.train(), mesh, dtype, args.compile)  # no dropout: train mode only allows gradient checkpointing
-    if args.gradient_checkpointing:
-        recompute_activations(policy)
-    data = fingerprints(dataset=[*train_pairs.items()], eval_dataset=[*eval_pairs.items()])
-    writer, tracker = open_run(args, folder, saved, data)
-    local = args.batch_size // world  # pairs of this rank in each batch
-    local_rows = slice(rank * local, (rank + 1) * local)
-    reading = (args.micro_batch_size, tokenizer.pad_token_id, device)
-    steps = args.epochs * steps_per_epoch
-    skipped, results = saved.get("skipped", 0), saved.get("results", [])
-    start_time, resumed = start_time - saved.get("seconds", 0.0), saved
-    stop = heed_sigterm()
+    The state is {} without a checkpoint and None if the run is finished. Logs are cut back to the checkpoint.
+    """
+    folder = Path(args.output_dir or f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    found, writer = [folder, None], None
+    if args.resume and args.output_dir is None:
+        raise UserError("--resume continues a run: give its --output-dir")
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and not value >= 0 and name != "cost_threshold":  # a NaN, too
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 0 or more")
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(os.open(folder / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--output-dir {folder} is in use by another process or not writable: {error}") from None
+        flags, now = folder / "args.json", json.loads(json.dumps(asdict(args)))  # tuples are lists in JSON
+        held = [p.name for p in folder.iterdir() if p.stat().st_size > 0 and p.name not in ("args.json", "tensorboard")]
+        if held and not (args.resume and flags.exists()):
+            raise UserError(f"--output-dir {folder} holds a run ({held[0]}); take another, or continue it by --resume")
+        before = json.loads(flags.read_text(encoding="utf-8")) if held else now
+        for key in (before.keys() | now.keys()) - set(MAY_CHANGE.split()):
+            if before.get(key) != now.get(key):
+                raise UserError(f"--resume: --{key.replace('_', '-')} was {before.get(key)} and is {now.get(key)} now")
+        if not held:
+            flags.write_text(json.dumps(now, indent=2), encoding="utf-8")
+        if "summary.json" not in held:
+            state = {}
+            for place in sorted((folder / "checkpoints").glob("[0-9]*[0-9]"))[-1:]:
+                state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+                state |= {"checkpoint": str(place), "step": int(place.name)}
+            for name in LOGS:
+                (folder / name).touch()
+                os.truncate(folder / name, state.get(name, 0))
+            if args.track:
+                import wandb
 
-    for stage, (preference, loss_name, beta) in enumerate(plan(args), start=1):
-        if stage < saved.get("stage", 1):  # this stage was over when the checkpoint was written
-            continue
-        # ---- The reference of a stage is the policy it starts from: read once, before the first update
-        pairs, held_out = train_pairs[preference], eval_pairs[preference]
-        batches = stage_batches(args.seed, preference, args.epochs, count, args.batch_size)
-        crossed_batches = len(batches) if loss_name == "kto" else 0  # known for all epochs, and with them KTO's texts
-        reference = {  # log-probabilities
-            "pairs": torch.zeros(len(pairs), 2, device=device),
-            "held_out": torch.zeros(len(held_out), 2, device=device),
-            "crossed": torch.zeros(crossed_batches, args.batch_size, 2, device=device),
-        }
-        if not saved:
-            reference["pairs"] = all_logprobs(policy, pairs, *reading)
-            reference["held_out"] = all_logprobs(policy, held_out, *reading)
-            for i in range(crossed_batches):
-                crossed = mismatched([pairs[j] for j in batches[i]], args.max_length)
-                if crossed:
-                    reference["crossed"][i] = all_logprobs(policy, crossed, *reading)
-        policy.reshard()  # a reading without gradients leaves the root whole; AdamW takes the shards
-        group = {"params": list(policy.parameters()), "initial_lr": args.learning_rate}
-        optimizer = torch.optim.AdamW(
-            [group], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
-        )
-        resumable = functools.partial(training_state, policy=(policy, optimizer))
-        stored = {f"reference.{name}": value for name, value in reference.items() if value.numel()}
-        done, skipped_in_a_row = saved.get("step", 0), saved.get("skipped_in_a_row", 0)
-        if saved:
-            load_checkpoint(saved, resumable() | stored)
-            saved = {}
-        warmup = min(math.ceil(args.warmup_ratio * steps), steps - 1)  # a warm-up begins at zero
-        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=done - 1)
+                run_id = f"{folder.name}-{flags.stat().st_mtime_ns}"
+                wandb.init(project="safe-rlhf", config=vars(args), sync_tensorboard=True, id=run_id, resume="allow")
+            writer = SummaryWriter(folder / "tensorboard", purge_step=state.get("step", 0) + 1, flush_secs=1)
+            found[1] = state
+    dist.broadcast_object_list(found)
+    return *found, writer
 
-        bar = tqdm(total=steps, initial=done, desc=f"stage {stage}: {preference}, {loss_name}", disable=rank != 0)
-        for step, batch in enumerate(batches[done:], start=done + 1):
-            # 1. KTO's reference point, over the global batch
-            z_0 = 0.0
-            crossed = mismatched([pairs[i] for i in batch], args.max_length) if loss_name == "kto" else []
-            if crossed:
-                log_ratio_sum = 0.0
-                with torch.no_grad():
-                    for rows in torch.arange(args.batch_size)[local_rows].split(args.micro_batch_size):
-                        logprobs = pair_logprobs(policy, [crossed[row] for row in rows], tokenizer.pad_token_id, device)
-                        log_ratio_sum += (logprobs - reference["crossed"][step - 1][rows.to(device)]).sum().item()
-                z_0 = max(0.0, global_sum(log_ratio_sum, device=device)[0] / (2 * args.batch_size))
 
-            # 2. Losses and gradients of this rank's pairs
-            sums = torch.zeros(4, device=device)  # loss, pairs in the right order, both log-ratios
-            for rows in torch.tensor(batch)[local_rows].split(args.micro_batch_size):
-                chunk = [pairs[row] for row in rows]
-                logprobs = pair_logprobs(policy, chunk, tokenizer.pad_token_id, device)  # [rows, 2]
-                ref = reference["pairs"][rows.to(device)]
-                if loss_name == "dpo":
-                    losses = dpo_loss(logprobs[:, 0], logprobs[:, 1], ref[:, 0], ref[:, 1], beta)  # [rows]
-                else:
-                    desirable = torch.tensor([pair.desirable for pair in chunk], device=device)
-                    losses = kto_loss(logprobs, ref, desirable, z_0, beta, 1.0, weights[preference]).mean(1)
-                # FSDP averages gradients over ranks; times the number of ranks it is the mean over the global batch.
-                (losses.sum() / args.batch_size * world).backward()
-                chosen, rejected = (logprobs.detach() - ref).T
-                sums += torch.stack([losses.detach().sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum()])
+def training_state(trained: dict, optimizers: dict) -> dict[str, Tensor]:
+    """Weights and AdamW's moments of the trained models by name; loading a checkpoint fills these tensors in place."""
+    tensors = {}
+    for name, model in trained.items():
+        reshard(model)
+        for key, weight in model.named_parameters():
+            state = optimizers[name].state[weight]
+            if not state:  # as AdamW begins
+                state["step"] = torch.zeros((), device=weight.device)
+                state |= {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+            tensors |= {f"{name}.{key}.{moment}": value.detach() for moment, value in (state | {"": weight}).items()}
+    return tensors
 
-            # 3. The step; one whose gradients are not finite is left out; five in a row, or all there are, end the run
-            grad_norm = clip_gradients(policy, args.max_grad_norm)
-            if math.isfinite(grad_norm):
-                optimizer.step()
-                skipped_in_a_row = 0
-            else:
-                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-                if rank == 0:
-                    tqdm.write(f"stage {stage}, step {step}: gradients are not finite, update skipped", file=sys.stderr)
-            optimizer.zero_grad()
-            if skipped_in_a_row == min(5, steps):
-                bar.close()
-                fail(
-                    f"{skipped_in_a_row} updates in a row had gradients that are not finite (stage {stage}, "
-                    f"step {step}); try a lower --learning-rate"
-                )
 
-            # 4. Log
-            loss_sum, right, chosen_sum, rejected_sum, stopped = global_sum(*sums, stop.is_set(), device=device)
-            metrics = {
-                "step": step,
-                "epoch": step / steps_per_epoch,
-                "loss": loss_sum / args.batch_size,
-                "pair_accuracy": right / args.batch_size,
-                "chosen_log_ratio": chosen_sum / args.batch_size,
-                "rejected_log_ratio": rejected_sum / args.batch_size,
-                "grad_norm": grad_norm,
-                "learning_rate": schedule.get_last_lr()[0],
-                "skipped_updates": skipped,
-            }
-            if loss_name == "kto":
-                metrics["z_0"] = z_0
-            schedule.step()
-            if step % steps_per_epoch == 0:
-                log_ratios = all_logprobs(policy, held_out, *reading) - reference["held_out"]  # [pairs, 2]
-                result = held_out_result(log_ratios)
-                metrics |= {f"eval_{name}": value for name, value in result.items()}
-            with agreed(), written(folder):
-                if rank == 0:
-                    append_json(folder / "metrics.jsonl", [{"stage": stage, "preference": preference} | metrics])
-                    for name, value in metrics.items():
-                        writer.add_scalar(f"stage{stage}/{name}", value, step)
-                    writer.flush()  # tells what could not be written
-            if rank == 0:
-                if tracker:
-                    named = {f"stage{stage}/{name}": value for name, value in metrics.items()}
-                    tracker.log(named, step=(stage - 1) * steps + step)
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", pair_accuracy=f"{metrics['pair_accuracy']:.3f}")
-                bar.update()
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict) -> None:
+    """Write what a run needs to continue, then rename it: a kill leaves no half-written one. Keeps the newest two."""
+    beside = folder / "checkpoints" / f"{step:08d}.part"
+    if dist.get_rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    dist.barrier()
+    # A rank copies a whole file to CPU memory before it writes it, so the files must not be large.
+    files = 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // 2**34
+    numbers = {name: 1 + i * files // len(tensors) for i, name in enumerate(tensors)}
+    writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
+    dcp.save(tensors, storage_writer=writer)
+    if dist.get_rank() == 0:
+        state |= {name: (folder / name).stat().st_size for name in LOGS}
+        (beside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        beside.rename(beside.with_suffix(""))
+        for old in sorted(beside.parent.glob("[0-9]*[0-9]"))[:-2]:
+            shutil.rmtree(old)
 
-            # 5. Save what the run needs to go on
-            if step < steps and (stopped or (args.save_every and step % args.save_every == 0)):
-                state = {"stage": stage, "step": step, "results": results, "seconds": time.time() - start_time}
-                state |= {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "data": data}
-                save_checkpoint(folder, (stage - 1) * steps + step, resumable() | stored, dtype, state)
-                if stopped:
-                    bar.close()
-                    stop_run(folder, f"step {step} of {steps} of stage {stage}")
-        bar.close()
 
-        # ---- The stage's files
-        save_model(policy, tokenizer, folder / f"stage{stage}")
-        results.append({"preference": preference, "loss": loss_name, "beta": beta, "eval": result})
-        what = f"stage {stage} of SACPO, {preference} by {loss_name.upper()}"
-        measured = (
-            f"On {len(held_out)} held-out pairs of `--eval-dataset`: the share whose chosen response has the larger "
-            "log-ratio to the policy that the stage started from, and the mean log-ratios in nats."
-        )
-        card = (measured, {"held-out pairs": result}, dtype, time.time() - start_time, resumed)
-        write_card(args, folder / f"stage{stage}", what, *card)
-        rows = [
-            {"stage": stage, "preference": preference, "prompt": pair.prompt, "responses": pair.responses}
-            | {"desirable": pair.desirable, "log_ratios": log_ratio}
-            for pair, log_ratio in zip(held_out, log_ratios.tolist(), strict=True)
-        ]
-        with agreed(), written(folder):
-            if rank == 0:
-                append_json(folder / "eval.jsonl", rows)
+def append_json(path: Path, rows: list[dict]) -> None:
+    """Add rows to a file of JSON Lines, on rank 0."""
+    if dist.get_rank() == 0:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    # ---- P-SACPO: each rank mixes its own shards
-    if args.merge_q:
-        two = copy_shards(policy)
-        with agreed():
-            path = str(folder / "stage1")
-            first = load_pretrained(AutoModelForCausalLM, path, torch.float32, "stage 1", args.trust_remote_code)
-        one = copy_shards(shard(first, mesh, dtype))
-    for q in args.merge_q:
-        for name, value in policy.state_dict().items():
-            value.to_local().copy_(merge(one[name], two[name], q))
-        save_model(policy, tokenizer, folder / "merged" / f"q{q:g}")
-        what = f"P-SACPO, {1 - q:g} of stage 1 and {q:g} of stage 2"
-        card = ("The run measures no mixtures; `evaluate.py score` does.", {}, dtype, time.time() - start_time, resumed)
-        write_card(args, folder / "merged" / f"q{q:g}", what, *card)
-    if rank == 0:
-        seconds = time.time() - start_time
-        summary = {
-            "algorithm": "sacpo",
-            "seed": args.seed,
-            "dtype": str(dtype).removeprefix("torch."),
-            "processes": world,
-            "pairs": len(results) * steps * args.batch_size,
-            "pairs_per_second": len(results) * steps * args.batch_size / seconds,
-            "wall_seconds": seconds,
-            "skipped_updates": skipped,
-            "eval_pairs": len(log_ratios),
-            "stages": results,
-            "merged": [f"merged/q{q:g}" for q in args.merge_q],
-        }
-    with agreed(), written(folder):
-        if rank == 0:
-            (folder / "model").unlink(missing_ok=True)
-            (folder / "model").symlink_to(f"stage{len(results)}")  # the result of a run has one name in all scripts
-            writer.close()
-            write_json(folder / "summary.json", summary)
-    if rank == 0:
-        if tracker:
-            tracker.finish()
-        for stage, result in enumerate(results, start=1):
-            print(
-                f"stage {stage}, {result['preference']} by {result['loss']}: on {len(log_ratios)} held-out pairs "
-                f"accuracy {result['eval']['pair_accuracy']:.4f}, log-ratio of chosen responses "
-                f"{result['eval']['chosen_log_ratio']:+.2f}, of rejected {result['eval']['rejected_log_ratio']:+.2f}"
-            )
-        print(f"{seconds:.0f} s; written to {folder}")
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if args.push_to_hub is not None:
-        push_models(args, folder)
+def log_metrics(folder: Path, writer: SummaryWriter | None, step: int, place: dict, metrics: dict[str, dict]) -> None:
+    """One line of metrics.jsonl: place, then metrics by group and name; TensorBoard's scalars as group/name."""
+    for group, name, value in [(group, *item) for group, figures in metrics.items() for item in figures.items()]:
+        place = place | {name: value if math.isfinite(value) else None}  # JSON has no NaN
+        if writer:
+            writer.add_scalar(f"{group}/{name}", value, step)
+    append_json(folder / "metrics.jsonl", [place])
+
+
+def environment(args: Args, device: torch.device, start_time: float, unit: str, count: int) -> dict:
+    """What a run computed with and how fast, for summary.json; count: the units it read, such as episodes."""
+    seconds, versions = time.time() - start_time, {"torch": torch.__version__, "transformers": transformers.__version__}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else os.uname().machine
+    figures = {"seed": args.seed, "dtype": args.dtype, "processes": dist.get_world_size(), "device": name}
+    return figures | {"versions": versions, "wall_seconds": seconds, unit: count, f"{unit}_per_second": count / seconds}
 
 
 if __name__ == "__main__":
-    main(*start_processes())
-    shut_down()
+    status = main(tyro.cli(Args, console_outputs=os.environ.get("RANK", "0") == "0"), *start_processes())
+    dist.barrier()  # without it gloo's threads can abort a process at its exit
+    dist.destroy_process_group()
+    sys.exit(status)
