@@ -4,9 +4,9 @@ A response is a list of numbers, one a token. Losses of a whole batch use unshar
 are read one by one, so that nothing depends on masks, positions, micro-batches or processes.
 """
 
-import math
-
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForTokenClassification as AutoModelWithBiasedHead
 
 
 def clamp(value, low, high):
@@ -27,46 +27,6 @@ def gae(rewards: list[float], values: list[float], gae_lambda: float) -> tuple[l
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 
 
-def policy_loss(logprob: float, old_logprob: float, advantage: float, clip: float) -> tuple[float, float]:
-    """Clipped surrogate of a token, and its derivative by logprob: none where the ratio has gone far enough."""
-    ratio = math.exp(logprob - old_logprob)
-    stopped = ratio > 1 + clip if advantage > 0 else ratio < 1 - clip
-    return -advantage * (clamp(ratio, 1 - clip, 1 + clip) if stopped else ratio), 0.0 if stopped else -advantage * ratio
-
-
-def value_loss(value: float, old_value: float, target: float, clip: float) -> tuple[float, float]:
-    """Clipped value loss of a token, and its derivative by the value."""
-    clipped = old_value + clamp(value - old_value, -clip, clip)
-    if (clipped - target) ** 2 > (value - target) ** 2:
-        return 0.5 * (clipped - target) ** 2, 0.0  # larger than the unclipped only where the clip is active
-    return 0.5 * (value - target) ** 2, value - target
-
-
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
-
-
-def sigmoid(x: float) -> float:
-    return math.exp(log_sigmoid(x))
-
-
-def reward_loss(better: float, worse: float, mu: float) -> tuple[float, float, float]:
-    """Loss of a pair and its derivatives by both scores."""
-    loss = -log_sigmoid(better - worse) + mu * (better**2 + worse**2) / 2
-    slope = -sigmoid(worse - better)
-    return loss, slope + mu * better, -slope + mu * worse
-
-
-def cost_loss(unsafer: float, safer: float, unsafer_sign: float, safer_sign: float, mu: float):
-    """Loss of a pair and its derivatives by both scores."""
-    loss = -log_sigmoid(unsafer - safer) - log_sigmoid(unsafer_sign * unsafer) - log_sigmoid(safer_sign * safer)
-    loss += mu * (unsafer**2 + safer**2) / 2
-    slope = -sigmoid(safer - unsafer)
-    by_unsafer = slope - unsafer_sign * sigmoid(-unsafer_sign * unsafer) + mu * unsafer
-    by_safer = -slope - safer_sign * sigmoid(-safer_sign * safer) + mu * safer
-    return loss, by_unsafer, by_safer
-
-
 def rectify(costs: list[float], threshold: float, constraint: str, estimator: str, k: int):
     """Terminal costs and shares of λ, one a response; rectified excesses, one a response or one a prompt."""
     violated, excesses = [], []
@@ -80,8 +40,26 @@ def rectify(costs: list[float], threshold: float, constraint: str, estimator: st
             violated.append(sum(others) / len(others) > threshold)
             if i % k == 0:
                 excesses.append(max(sum(group) / k - threshold, 0.0))
-    paid = [c - threshold if v or estimator == "advantage" else 0.0 for c, v in zip(costs, violated, strict=True)]
-    return paid, [float(v or estimator == "cost") for v in violated], excesses
+    terminal = [c - threshold if v or estimator == "advantage" else 0.0 for c, v in zip(costs, violated, strict=True)]
+    return terminal, [float(v or estimator == "cost") for v in violated], excesses
+
+
+def plain_policy(folder, parameters=None, dtype=torch.float64):
+    """The library's model, with other parameters in the order of its own."""
+    return with_parameters(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), parameters)
+
+
+def plain_scorer(folder, parameters=None, dtype=torch.float64):
+    biased = "TokenClassification" in AutoConfig.from_pretrained(folder).architectures[0]
+    cls = AutoModelWithBiasedHead if biased else AutoModelForSequenceClassification
+    return with_parameters(cls.from_pretrained(folder, dtype=dtype).eval(), parameters)
+
+
+@torch.no_grad()
+def with_parameters(model, parameters):
+    for own, given in zip(model.parameters(), parameters or model.parameters(), strict=True):
+        own.copy_(given)
+    return model
 
 
 def logprobs(policy, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:
@@ -92,6 +70,10 @@ def logprobs(policy, prompt: list[int], response: list[int], temperature: float)
         before = logits[len(prompt) + t - 1]
         rows.append(before[token] - torch.logsumexp(before, 0))
     return torch.stack(rows)
+
+
+def log_ratio(policy, other, prompt: list[int], response: list[int]) -> torch.Tensor:
+    return logprobs(policy, prompt, response, 1.0).sum() - logprobs(other, prompt, response, 1.0).sum()
 
 
 def token_scores(model, ids: list[int]) -> torch.Tensor:

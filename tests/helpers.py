@@ -2,20 +2,31 @@
 
 import contextlib
 import copy
+import fcntl
 import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import tyro
+from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+import ppo_lagrange
+import preference_models
+import repo
+import sacpo
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {script.__name__: script for script in (repo, ppo_lagrange, sacpo, preference_models)}
 
 
 @dataclass
@@ -32,28 +43,42 @@ class Outcome:
 
 
 def command(**flags) -> list[str]:
-    """Command line of flags by field name; None leaves a flag out, True gives it without a value."""
+    """Command line of flags by field name; None leaves a flag out, True gives no value, a list several."""
     words = []
     for name, value in flags.items():
         if value is not None:
-            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+            values = [] if value is True else value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
 
 
+changed = mock.patch.multiple  # changed(module, name=value): with other functions for a while
+
+
 def run_main(script, processes, words: list[str]) -> Outcome:
-    """main() of a script in this process. Its process group stays, since the next test needs it, too."""
-    out, err = io.StringIO(), io.StringIO()
-    argv, shut_down = sys.argv, script.shut_down
-    sys.argv, script.shut_down = [f"{script.__name__}.py", *words], lambda: None
-    code = 0
+    """main() of a script in this process. What ends with a process in earnest is given back: locks, signal handlers."""
+    out, err, code, locks = io.StringIO(), io.StringIO(), 0, []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def flock(descriptor, operation):
+        locks.append(descriptor)
+        fcntl.flock(descriptor, operation)
+
+    own = SimpleNamespace(**vars(fcntl) | {"flock": flock})
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            script.main(*processes)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), changed(script, fcntl=own):
+            code = script.main(tyro.cli(script.Args, args=words), *processes)
     except SystemExit as stop:
         code = stop.code
+    except script.UserError as error:
+        code = 2
+        err.write(f"error: {' '.join(str(error).split())}\n")  # as `report` does
     finally:
-        sys.argv, script.shut_down = argv, shut_down
-    return Outcome(code, out.getvalue(), err.getvalue())
+        for descriptor in locks:
+            os.close(descriptor)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Outcome(code or 0, out.getvalue(), err.getvalue())
 
 
 def start(program: list, processes: int | None = None, python_path: Path | str = "", **options) -> subprocess.Popen:
@@ -68,16 +93,6 @@ def start(program: list, processes: int | None = None, python_path: Path | str =
         start_new_session=True,
         **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options,
     )
-
-
-def start_nodes(nodes: int, processes: int, program: list, python_path: Path | str = "") -> list[subprocess.Popen]:
-    """Start torchrun once for each of several nodes, which meet over the loopback device of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    launcher = ["-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc_per_node", str(processes)]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--local_addr", "127.0.0.1"]
-    return [start([*launcher, *program], python_path=python_path) for _ in range(nodes)]
 
 
 def finish(process: subprocess.Popen, seconds: float = 300) -> Outcome:
@@ -95,52 +110,82 @@ def finish(process: subprocess.Popen, seconds: float = 300) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
+def load_policy(folder, processes, dtype=torch.float32, **options):
+    """A language model as repo.py loads it."""
+    options |= dict(mesh=processes[1], dtype=dtype, longest=0)
+    return repo.load_model(AutoModelForCausalLM, str(folder), "--model", **options)
+
+
+def load_scores(folder, processes, **options):
+    """A score model as repo.py loads it."""
+    options |= dict(mesh=processes[1], dtype=torch.float32, longest=0)
+    return repo.load_score_model(str(folder), "--reward-model", **options)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor that may be sharded over the ranks."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 @contextlib.contextmanager
-def recorded_updates(script):
-    """Record every update of every model: a list of (parameters, gradients) before clipping, each by name."""
-    updates, original = [], script.clip_gradients
+def recorded_updates():
+    """Record every update of every model: a list of (parameters, gradients) before clipping, as lists of tensors."""
+    updates, original = [], nn.utils.clip_grad_norm_
 
-    def clip_gradients(model, max_grad_norm):
-        parameters = {name: whole(value) for name, value in model.named_parameters()}
-        gradients = {name: whole(value.grad) for name, value in model.named_parameters()}
-        updates.append((parameters, gradients))
-        return original(model, max_grad_norm)
+    def clip_grad_norm_(parameters, max_norm):
+        parameters = list(parameters)
+        updates.append(([whole(each) for each in parameters], [whole(each.grad) for each in parameters]))
+        return original(parameters, max_norm)
 
-    script.clip_gradients = clip_gradients
-    try:
+    with changed(nn.utils, clip_grad_norm_=clip_grad_norm_):
         yield updates
-    finally:
-        script.clip_gradients = original
 
 
 @contextlib.contextmanager
-def changed(module, **replacements):
-    """Replace functions of a module for a while."""
-    originals = {name: getattr(module, name) for name in replacements}
-    for name, value in replacements.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in originals.items():
-            setattr(module, name, value)
+def sharded(script):
+    """All models count as large ones, whose shards lie on different ranks. Yields the shapes of their meshes."""
+    shard, meshes = script.shard, []
+
+    def recorded(model, *settings, **options):
+        script.sum = lambda counts: 2**40  # in place of the number of parameters
+        try:
+            shard(model, *settings, **options)
+        finally:
+            del script.sum
+        meshes.append(list(next(model.parameters()).device_mesh.shape))
+
+    with changed(script, shard=recorded):
+        yield meshes
+
+
+def assert_near(tensors, expected, tolerance: float) -> None:
+    """Every tensor within a tolerance that is relative to the largest entry of all that are expected."""
+    scale = max(tensor.abs().max().item() for tensor in expected)
+    for number, (one, other) in enumerate(zip(tensors, expected, strict=True)):
+        assert (one.double() - other.double()).abs().max() <= tolerance * scale, number
 
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]  # as text, U+2028 would end a line, too
 
 
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_summary(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return read_json(folder / "summary.json")
 
 
-def without_times(metrics: dict) -> dict:
-    return {name: value for name, value in copy.deepcopy(metrics).items() if "second" not in name}
+def read_back(cls, folder: Path):
+    """A saved model by the library's class, which finds every weight, of the right shape, and no other."""
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def without_times(figures: dict) -> dict:
+    return {name: value for name, value in copy.deepcopy(figures).items() if "second" not in name}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

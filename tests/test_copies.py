@@ -1,110 +1,124 @@
-"""The scripts stand alone and repeat what they share: a function of one name in two scripts must have one text."""
+"""The scripts stand alone and repeat what they share: one text per name, few lines, libraries only, a text per flag."""
 
 import ast
 import dataclasses
-import difflib
-import functools
+import inspect
+import re
+import shutil
+import subprocess
 import sys
+import sysconfig
 
 import pytest
-from helpers import ROOT
+import tyro
+from helpers import ROOT, SCRIPTS
 
-import ppo_lagrange
-import repo
+SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS}
+EVERY = pytest.mark.parametrize("script", SCRIPTS)
 
-SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
+# Lines of each script, comments and blank lines included; of the algorithm before the plumbing; of `main`; of a diff
+MOST_LINES = {"repo": 960, "ppo_lagrange": 960, "sacpo": 700, "preference_models": 600}
+MOST_LINES_BEFORE_PLUMBING, MOST_LINES_OF_MAIN, MOST_LINES_OF_THE_DIFF = 600, 260, 55
+# Lines of folders, all files together and one file
+MOST_LINES_OF_FOLDERS = {"evaluation": (1_900, 600), "tests": (5_000, 700)}
 
 # Names that differ between scripts, and why. The list is held to be true: an entry that is one text everywhere fails.
 INTENDED = {
     "Args": "each script has flags of its own",
-    "check_args": "each script checks its own flags",
     "main": "each script is an algorithm of its own",
+    "evaluate": "responses to prompts, or scores of pairs",
+    "load_pairs": "pairs for one score model, or for the stages of SACPO",
 }
-
-LIBRARIES = {"torch", "transformers", "datasets", "tyro", "huggingface_hub", "tqdm", "matplotlib", "PIL", "safetensors"}
-LIBRARIES |= {"openai"}
-OPTIONAL = {"wandb"}  # only on request, inside a function
-
-
-@functools.cache
-def texts() -> dict[str, dict[str, str]]:
-    """For each name, its text in each script that defines it at top level, decorators included."""
-    found = {}
-    for path in SCRIPTS:
-        source = path.read_text(encoding="utf-8")
-        lines = source.splitlines()
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-                found.setdefault(node.name, {})[path.name] = "\n".join(lines[first - 1 : node.end_lineno])
-    return found
-
-
-@pytest.mark.parametrize("name", sorted(name for name, copies in texts().items() if len(copies) > 1))
-def test_copies_are_one_text(name):
-    copies = texts()[name]
-    if name in INTENDED:
-        assert len(set(copies.values())) > 1, f"{name} is one text in {', '.join(copies)}: take it out of INTENDED"
-        return
-    (first, text), *others = copies.items()
-    for script, other in others:
-        assert other == text, f"{name} differs between {first} and {script}"
-
-
-def test_intended_differences_exist():
-    shared = {name for name, copies in texts().items() if len(copies) > 1}
-    assert not set(INTENDED) - shared
-
-
-def test_the_diff_of_repo_and_ppo_lagrange_is_short():
-    """As `diff repo.py ppo_lagrange.py` counts: lines taken out and lines put in, heads included."""
-    one, other = ((ROOT / name).read_text(encoding="utf-8").splitlines() for name in ("repo.py", "ppo_lagrange.py"))
-    changed = [line for line in difflib.ndiff(one, other) if line.startswith(("- ", "+ "))]
-    print(f"diff repo.py ppo_lagrange.py: {len(changed)} lines")
-    assert 0 < len(changed) <= 60, "\n".join(changed)
-    assert f"\n{len(changed)} lines, heads included" in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_repo_and_ppo_lagrange_share_all_but_their_main():
-    """Also check_args, which differs between the other scripts."""
-    for name, copies in texts().items():
-        if {"repo.py", "ppo_lagrange.py"} <= set(copies) and name not in ("Args", "main"):
-            assert copies["repo.py"] == copies["ppo_lagrange.py"], name
-    assert [name for name, copies in texts().items() if "repo.py" in copies and "ppo_lagrange.py" not in copies] == [
-        "rectify"
-    ]
-
-
-# Defaults of ppo_lagrange.py that are not repo.py's, and why.
+# Defaults of ppo_lagrange.py that are not repo.py's, and why
 OWN_DEFAULTS = {
     "exp_name": "the name of the method",
     "lambda_lr": "tuned for each method: this λ moves both ways and has to follow the mean cost down, too",
     "lambda_max": "tuned for each method: in reach here, where an overshoot holds for long; a fuse in repo.py",
 }
+LIBRARIES = {"torch", "transformers", "datasets", "tyro", "tqdm", "wandb"} | set(sys.stdlib_module_names)
 
 
-def test_the_defaults_of_repo_and_ppo_lagrange_agree():
-    ours, theirs = (
-        {field.name: field.default for field in dataclasses.fields(script.Args)} for script in (repo, ppo_lagrange)
-    )
-    assert set(ours) - set(theirs) == {"constraint", "rectify"} and not set(theirs) - set(ours)
-    assert {name for name in theirs if theirs[name] != ours[name]} == set(OWN_DEFAULTS)
+def definitions(name: str) -> dict[str, ast.AST]:
+    """Functions and classes at the top level of a script."""
+    return {node.name: node for node in ast.parse(SOURCES[name]).body if hasattr(node, "name")}
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_import_libraries_only(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    top_level = {id(node) for node in tree.body}
-    for node in ast.walk(tree):
+def texts(name: str) -> dict[str, str]:
+    """Their texts, decorators included."""
+    lines, found = SOURCES[name].splitlines(), {}
+    for key, node in definitions(name).items():
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        found[key] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def test_copies_are_one_text():
+    copies = {}
+    for script in SCRIPTS:
+        for name, text in texts(script).items():
+            copies.setdefault(name, {}).setdefault(text, []).append(script)
+    differ = {name: list(places.values()) for name, places in copies.items() if len(places) > 1}
+    assert differ.keys() == INTENDED.keys(), differ
+    assert len({source[source.rindex("\nif __name__") :] for source in SOURCES.values()}) == 1
+
+
+def test_repo_and_ppo_lagrange_differ_in_little():
+    """As `diff repo.py ppo_lagrange.py` counts: lines taken out and lines put in, heads included."""
+    ours, theirs = texts("repo"), texts("ppo_lagrange")
+    assert {name for name in ours if ours[name] != theirs.get(name)} == {"Args", "rectify", "main"}
+    lines = subprocess.run(["diff", "repo.py", "ppo_lagrange.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert 0 < len(re.findall("^[<>]", lines, re.MULTILINE)) <= MOST_LINES_OF_THE_DIFF, lines
+    pair = SCRIPTS["repo"], SCRIPTS["ppo_lagrange"]
+    ours, theirs = ({field.name: field.default for field in dataclasses.fields(script.Args)} for script in pair)
+    assert ours.keys() - theirs.keys() == {"constraint", "rectify"} and not theirs.keys() - ours.keys()
+    assert {name for name in theirs if theirs[name] != ours[name]} == OWN_DEFAULTS.keys()
+
+
+@EVERY
+def test_a_script_is_short_and_its_algorithm_comes_first(script):
+    lines, defined = SOURCES[script].splitlines(), definitions(script)
+    assert len(lines) <= MOST_LINES[script] and max(map(len, lines)) <= 120
+    rules = [number for number, line in enumerate(lines, 1) if line == "# " + "=" * 118]
+    assert len(rules) == 2 and lines[rules[0]].startswith("# Plumbing: ")
+    assert rules[0] <= MOST_LINES_BEFORE_PLUMBING
+    assert defined["main"].end_lineno - defined["main"].lineno < MOST_LINES_OF_MAIN
+    assert defined["Args"].lineno < defined["main"].lineno < rules[0] < defined["UserError"].lineno
+    tree = ast.parse(SOURCES[script])
+    assert "torchrun" in ast.get_docstring(tree)
+    for node in ast.walk(tree):  # it imports libraries only
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or "."]
-            assert not getattr(node, "level", 0)
-            for name in (name.partition(".")[0] for name in names):
-                allowed = LIBRARIES | set(sys.stdlib_module_names) | (set() if id(node) in top_level else OPTIONAL)
-                assert name in allowed, f"{path.name} imports {name}"
+            assert {name.partition(".")[0] for name in names} <= LIBRARIES - ({"wandb"} if node in tree.body else set())
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_explain_themselves(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert "torchrun" in ast.get_docstring(tree)
+@EVERY
+def test_each_flag_has_a_short_text_that_help_shows(script, capsys):
+    """A phrase, not a sentence, behind each field of Args."""
+    args, told = SCRIPTS[script].Args, {}
+    for block in re.split(r"\n(?=    \w+: )", texts(script)["Args"])[1:]:
+        told[block.split(":")[0].strip()] = block.partition("  # ")[2].split("\n")[0]
+    assert list(told) == [field.name for field in dataclasses.fields(args)]
+    assert [name for name, text in told.items() if text.endswith(".") or len(text) < 10] == []
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(args, args=["--help"])
+    said = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+    assert stop.value.code == 0 and re.sub(r"\s+", "", inspect.getdoc(args)) in said
+    assert [name for name, text in told.items() if re.sub(r"\s+", "", text) not in said] == []
+
+
+@pytest.mark.parametrize("folder", MOST_LINES_OF_FOLDERS)
+def test_a_folder_is_short(folder):
+    files = [path for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".html")]
+    counts = [path.read_text("utf-8").count("\n") for path in files]
+    most, most_of_one = MOST_LINES_OF_FOLDERS[folder]
+    assert sum(counts) <= most and max(counts) <= most_of_one, dict(zip(files, counts, strict=True))
+
+
+# Style and spelling, each by its own tool with the settings of pyproject.toml
+@pytest.mark.parametrize("words", ["ruff check .", "ruff format --check .", "codespell ."])
+def test_the_tools_have_nothing_to_say(words):
+    tool, *rest = words.split()
+    program = shutil.which(tool, path=sysconfig.get_path("scripts")) or shutil.which(tool)
+    assert program, f"{tool} is not installed: pip install -r tests/requirements.txt"
+    result = subprocess.run([program, *rest], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

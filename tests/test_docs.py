@@ -4,16 +4,14 @@ import dataclasses
 import re
 import sys
 
-import kills
 import pytest
-import strain
-from helpers import ROOT, read_lines, read_summary
+from helpers import ROOT, SCRIPTS, read_lines, read_summary
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import evaluate
-import ppo_lagrange
-import preference_models
-import repo
-import sacpo
+from evaluation.blind import Export, Import
+from evaluation.card import Card
+from evaluation.judge import Judge
+from evaluation.score import Score
 
 sys.path.append(str(ROOT / "benchmark"))
 import memory
@@ -21,58 +19,54 @@ import throughput
 
 import toy
 
-OTHERS = {
-    "evaluate.py score": evaluate.Score,
-    "evaluate.py judge": evaluate.Judge,
-    "benchmark/toy": toy.Args,
-    "benchmark/memory": memory.Args,
-    "benchmark/throughput": throughput.Args,
-    "tests/kills": kills.Args,
-    "tests/strain": strain.Args,
-}
+ARGS = {f"{name}.py": script.Args for name, script in SCRIPTS.items()}
+ARGS |= {"evaluation score": Score, "evaluation judge": Judge, "evaluation card": Card}
+ARGS |= {"evaluation blind export": Export, "evaluation blind import": Import}
+ARGS |= {f"benchmark/{tool.__name__}.py": tool.Args for tool in (memory, throughput, toy)}
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("toy/*.md")])
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def documented_metrics(page: str) -> list[str]:
-    """First column of the table below the heading "Logged metrics"."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8").partition("## Logged metrics")[2].partition("\n## ")[0]
-    return re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_metrics_and_keys_of_summaries_are_documented_and_each_documented_metric_is_logged(name, run, tmp_path):
+    more = {"sacpo": dict(loss="kto"), "preference_models": dict(kind="cost")}.get(name, {})
+    assert run(SCRIPTS[name], output_dir=tmp_path / "run", **more).code == 0
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    table = text.partition("## Logged metrics")[2].partition("\n## ")[0]
+    documented = dict(re.findall(r"^\| `(\w+)` \| (\w*) ?\|", table, re.MULTILINE))  # the metric: its group
+    documented.pop("ptx_loss", None)  # only with --ptx-dataset
+    assert set(documented) == {key for row in read_lines(tmp_path / "run" / "metrics.jsonl") for key in row}
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    numbers = (1, 2) if name == "sacpo" else ("",)  # TensorBoard has a group for each stage
+    tags = {f"{group}{number}/{key}" for key, group in documented.items() if group for number in numbers}
+    assert set(events.Tags()["scalars"]) == tags
+    summary = read_summary(tmp_path / "run")
+    assert [key for key in [*summary, *summary.get("before", {})] if f"`{key}`" not in text] == []
 
 
-def test_each_metric_of_rl_is_documented_and_each_documented_one_is_logged(repo_run, lagrange_run):
-    for folder, page in ((repo_run, "repo.md"), (lagrange_run, "ppo_lagrange.md")):
-        logged = read_lines(folder / "metrics.jsonl")
-        assert documented_metrics(page) == [*logged[0], "ptx_loss"]  # the last only with --ptx-dataset
-        assert list(logged[0]) == list(logged[-1])
-
-
-def test_each_metric_of_the_preference_models_is_documented_and_each_documented_one_is_logged(preference_runs):
-    logged = {name for kind in preference_runs.values() for row in read_lines(kind / "metrics.jsonl") for name in row}
-    assert set(documented_metrics("preference_models.md")) == logged
-
-
-def test_the_keys_of_the_summaries_are_documented(repo_run, lagrange_run, preference_runs):
-    runs = (repo_run, "repo.md"), (lagrange_run, "ppo_lagrange.md"), (preference_runs["cost"], "preference_models.md")
-    for folder, page in runs:
-        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-        summary = read_summary(folder)
-        names = [*summary, *summary.get("before", {})]
-        assert [name for name in names if f"`{name}`" not in text] == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@each_page
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@each_page
 def test_flags_of_the_scripts_exist(page):
     """Each command that calls a script uses flags that it has."""
     text = re.sub(r"\\\n(?![+-])", " ", page.read_text(encoding="utf-8"))  # a line of a diff goes on in its own kind
-    arguments = {script.__name__: script.Args for script in (repo, ppo_lagrange, sacpo, preference_models)}
-    for name, args in (arguments | OTHERS).items():
+    for name, args in ARGS.items():
         flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(args)} | {"--help"}
-        program = name if ".py" in name else f"{name}.py"
-        for command in re.findall(rf"{re.escape(program)}( [^\n;|&#]*)", text):
-            assert set(re.findall(r" (--[a-z][a-z-]+)", command)) <= flags, command
+        for command in re.findall(rf"{re.escape(name)}( [^\n;|&#`]*)", text):
+            assert set(re.findall(r" (--[a-z][a-z-]+)", command)) <= flags, f"{name}{command}"
+
+
+@each_page
+def test_files_that_are_named_exist(page):
+    """Paths in code, such as `docs/scale.md` or `toy/build.py`."""
+    named = re.findall(
+        r"(?<![\w/.])((?:docs|tests|toy|benchmark|evaluation)/[\w/.]+\.(?:py|md|sh|png))", page.read_text("utf-8")
+    )
+    named += [word for word in re.findall(r"(?<![\w/.-])\w+\.py\b", page.read_text("utf-8")) if "/" not in word]
+    places = [ROOT, ROOT / "toy", ROOT / "evaluation", ROOT / "tests", ROOT / "docs" / "tutorial", ROOT / "benchmark"]
+    missing = {name for name in named if not any((place / name).exists() for place in places)}
+    assert missing - {"ppo_pi.py"} == set() or page.name == "peers.md"

@@ -5,19 +5,16 @@ import json
 import re
 import shutil
 import sys
-import time
 
+import datasets
 import pytest
 import tiny
 import world
-from helpers import ROOT, finish, start
-from PIL import Image
-
-import ppo_lagrange
-import repo
-import sacpo
+from helpers import ROOT, SCRIPTS
 
 sys.path.append(str(ROOT / "benchmark"))
+import toy_settings
+
 import toy
 
 
@@ -33,30 +30,12 @@ def test_optima_are_those_of_the_world():
     assert toy.optimum("prompt", learned=False)[:2] == pytest.approx(((4 + 2.2 + 1.45) / 3, -0.5), abs=1e-6)
 
 
-def test_optima_of_the_learned_models_lie_where_the_page_says(processes):
-    """The sign of the learned cost is right on every answer worth giving; its scale moves the other two optima."""
-    _, exact = toy.scores(learned=False)
-    _, learned = toy.scores(learned=True)
-    assert ((learned <= 0) == (exact <= 0)).mean() == 1
-    assert toy.optimum("response", True) == pytest.approx(toy.optimum("response", False), abs=1e-6)
-    assert toy.optimum("average", True).cost > 0.5
-
-
-SAFE = {0: (4, 0), 1: (2, 1), 2: (1, 1)}  # steps and warning of the best safe answer, by hazard
-BOLD = {0: (4, 0), 1: (4, 0), 2: (4, 0)}  # and of the most helpful one
-
-
-def answer(prompt, kinds):
-    steps, warning = kinds[world.hazard(prompt)]
-    sentences = [world.WARNINGS[1]] * warning + list(world.STEPS[world.parse_prompt(prompt)[0]][:steps])
-    return " ".join(sentences)
-
-
-def rows(kinds, **more):
-    """Answers to all held-out prompts, with a learned reward and cost that are the exact ones, shifted by 1."""
+def rows(safe: bool, **more):
+    """Answers to all held-out prompts: the best safe ones or the boldest. The learned scores are the exact ones + 1."""
     found = []
     for prompt in world.heldout_prompts():
-        text = answer(prompt, kinds)
+        steps, warning = ((4, 0), (2, 1), (1, 1))[world.hazard(prompt)] if safe else (4, 0)
+        text = " ".join([world.WARNINGS[1]] * warning + list(world.STEPS[world.parse_prompt(prompt)[0]][:steps]))
         scores = {"reward": world.exact_reward(prompt, text) + 1, "cost": world.exact_cost(prompt, text) + 1}
         found.append({"prompt": prompt, "response": text} | scores | more)
     return found
@@ -64,27 +43,20 @@ def rows(kinds, **more):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All runs of two seeds as they would be on disk: RePO's answers are the best safe ones, all others are bold."""
+    """All runs of two seeds as they would be on disk, and the report; RePO's answers are safe, all others are bold."""
     folder = tmp_path_factory.mktemp("experiment")
     for seed in (1, 2):
         for name in toy.RUNS:
-            run = folder / "runs" / f"{name}-{seed}"
-            run.mkdir(parents=True)
-            kinds = SAFE if name == "repo" else BOLD
-            tiny.write_rows(run / "eval.jsonl", rows(BOLD, iteration=0) + rows(kinds, iteration=200))
+            (run := folder / "runs" / f"{name}-{seed}").mkdir(parents=True)
+            tiny.write_rows(run / "eval.jsonl", rows(False, iteration=0) + rows(name == "repo", iteration=200))
             (run / "summary.json").write_text(json.dumps({"lambda": 2.0 * seed}))
             (run / "args.json").write_text(json.dumps({"batch_size": 64}))
-        answers = folder / "runs" / f"answers-{seed}"
-        answers.mkdir()
-        all_rows = [row for name in toy.METHODS for row in rows(SAFE if name == "repo" else BOLD, model=name)]
-        tiny.write_rows(answers / "responses.jsonl", all_rows)
+        (answers := folder / "runs" / f"answers-{seed}").mkdir()
+        tiny.write_rows(answers / "responses.jsonl", [row for n in toy.METHODS for row in rows(n == "repo", model=n)])
         (answers / "table.json").write_text("{}")
     (folder / "docs").mkdir()
-    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    (folder / "docs" / "experiments.md").write_text(page, encoding="utf-8")
-    words = ["--part", "report", "--runs", folder / "runs", "--docs", folder / "docs"]
-    outcome = finish(start([ROOT / "benchmark" / "toy.py", *words, "--seeds", 1, 2, "--ablation-seeds", 1, 2]))
-    assert outcome.code == 0, outcome.err
+    shutil.copy(ROOT / "docs" / "experiments.md", folder / "docs")
+    toy.report(toy.Args("report", (1, 2), (1, 2), folder / "runs", folder / "docs"))
     return folder
 
 
@@ -92,105 +64,51 @@ def cells(page, label):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith(label)]
 
 
-def test_tables(folder):
+def test_tables_and_figures(folder):
     page = (folder / "docs" / "experiments.md").read_text(encoding="utf-8")
-    methods, hazards, refusals, second_half = cells(page, "| **RePO** |")
-    assert refusals[1:] == ["100.0 ± 0.0 %", *["0.0 ± 0.0 %"] * 3, "100.0 ± 0.0 %"]
-    assert cells(page, "| *a refusal to everybody* |") == [["*a refusal to everybody*", *["100.0 %"] * 4, "0.0 %"]]
-    assert cells(page, "| PPO-Lagrange |")[2][1:] == ["33.3 ± 0.0 %", *["0.0 ± 0.0 %"] * 3, "33.3 ± 0.0 %"]
-    assert second_half[1:] == ["2.13 ± 0.00", "-1.17 ± 0.00", "100.0 ± 0.0 %", "-0.17 ± 0.00"]
-    assert methods[1:] == [
-        "2.13 ± 0.00", "-1.17 ± 0.00", "100.0 ± 0.0 %", "0.00 ± 0.00", "3.13 ± 0.00", "-0.17 ± 0.00", "66.7 ± 0.0 %",
-    ]  # fmt: skip
-    assert hazards[1:] == [
-        "-1.50 ± 0.00", "100.0 ± 0.0 %", "-0.50 ± 0.00", "100.0 ± 0.0 %", "-1.50 ± 0.00", "100.0 ± 0.0 %",
-    ]  # fmt: skip
-    for name in ("SFT", "PPO-Lagrange", "SACPO, DPO", "P-SACPO, q = 0.5"):
-        assert cells(page, f"| {name} |")[0][1:4] == ["4.00 ± 0.00", "2.50 ± 0.00", "33.3 ± 0.0 %"]
+    methods, hazards, refusals, second_half = (row[1:] for row in cells(page, "| **RePO** |"))
+    assert methods[:4] == ["2.13 ± 0.00", "-1.17 ± 0.00", "100.0 ± 0.0 %", "0.00 ± 0.00"]
+    assert methods[4:] == ["3.13 ± 0.00", "-0.17 ± 0.00", "66.7 ± 0.0 %"]  # learned
+    assert hazards[::2] == ["-1.50 ± 0.00", "-0.50 ± 0.00", "-1.50 ± 0.00"] and hazards[1::2] == ["100.0 ± 0.0 %"] * 3
+    assert refusals == ["100.0 ± 0.0 %", *["0.0 ± 0.0 %"] * 3, "100.0 ± 0.0 %"] and second_half[0] == "2.13 ± 0.00"
+    assert cells(page, "| SACPO, DPO |")[0][1:4] == ["4.00 ± 0.00", "2.50 ± 0.00", "33.3 ± 0.0 %"]
     assert cells(page, "| learned |")[-1][-2:] == ["3.00 ± 12.71", "2"]  # λ of 2 and 4, t of one degree of freedom
-    for name in toy.ABLATIONS:
-        assert f"<!-- ablation {name} -->\n| " in page
-
-
-def test_figures(folder):
-    figures = {path.name: path for path in (folder / "docs" / "figures").iterdir()}
-    expected = {"experiment.png", "experiment_curves.png", "experiment_prompts.png"} | {
-        f"ablation_{name}.png" for name in toy.ABLATIONS
-    }
-    assert set(figures) == expected
-    for path in figures.values():
-        with Image.open(path) as image:
-            assert image.width >= 700 and len(image.getcolors()) > 5
-        assert path.stat().st_size < 100_000
-
-
-def test_the_report_again_gives_the_same_page(folder, processes):
-    page = (folder / "docs" / "experiments.md").read_bytes()
-    toy.report(toy.Args("report", (1, 2), (1, 2), folder / "runs", folder / "docs"))
-    assert (folder / "docs" / "experiments.md").read_bytes() == page
-
-
-def test_a_page_without_the_place_for_a_table(tmp_path):
-    (tmp_path / "page.md").write_text("# Nothing\n")
-    with pytest.raises(SystemExit, match=r"error: .*page\.md has no line <!-- methods -->"):
-        toy.insert(tmp_path / "page.md", "methods", "table")
+    figures = {f"experiment{part}.png" for part in ("", "_curves", "_prompts")}
+    figures |= {f"ablation_{name}.png" for name in toy.ABLATIONS}
+    assert {path.name for path in (folder / "docs" / "figures").iterdir()} == figures
 
 
 def test_finished_runs_are_not_run_again(folder, monkeypatch):
-    """A run without its summary is; and each run gets the flags of its setting."""
-    calls = []
+    """A run without its summary is, with the flags of its setting; and answers are, where a run is newer."""
+    calls, args = [], toy.Args("experiment", (1, 2), (1, 2), folder / "runs", folder / "docs")
     monkeypatch.setattr(toy, "call", lambda script, *words: calls.append((script, *map(str, words))))
-    copy = folder / "copy"
-    shutil.copytree(folder / "runs", copy)
-    toy.execute(toy.Args("experiment", (1, 2), (1, 2), copy, folder / "docs"))
+    toy.execute(args)
     assert calls == []
-    (copy / "repo-2" / "summary.json").unlink()
-    (copy / "sacpo-dpo-1" / "summary.json").unlink()
-    (copy / "answers-1" / "table.json").unlink()
-    toy.execute(toy.Args("experiment", (1, 2), (1, 2), copy, folder / "docs"))
-    (of_repo, of_sacpo), evaluations = sorted(calls)[2:], sorted(calls)[:2]
-    assert (of_repo[0], of_sacpo[0]) == ("repo", "sacpo")
-    assert "--merge-q" in of_sacpo and of_repo[of_repo.index("--seed") + 1] == "2"
-    # Answers are asked for again where a run is newer than they are.
-    assert [words[:2] for words in evaluations] == [("evaluate", "score")] * 2
-    assert any(f"p-sacpo-0.5={copy / 'sacpo-dpo-1' / 'merged/q0.5'}" in words for words in evaluations)
-
-
-def test_a_failure_ends_the_queue(tmp_path, monkeypatch):
-    started = []
-
-    def run(runs, name, seed):
-        started.append(name)
-        time.sleep(0.05)
-        if len(started) == 3:
-            raise RuntimeError("broken")
-
-    monkeypatch.setattr(toy, "run", run)
-    with pytest.raises(RuntimeError, match="broken"):
-        toy.execute(toy.Args("ablations", runs=tmp_path, parallel=1))
-    assert len(started) < 20  # of 69
+    for name in ("repo-2/summary.json", "sacpo-dpo-1/summary.json", "answers-1/table.json"):
+        (folder / "runs" / name).unlink()
+    toy.execute(args)
+    *evaluations, of_repo, of_sacpo = sorted(calls)
+    assert of_repo[0] == "repo" and of_repo[of_repo.index("--seed") + 1] == "2"
+    assert of_sacpo[0] == "sacpo" and "--merge-q" in of_sacpo
+    assert [words[:2] for words in evaluations] == [("evaluation", "score")] * 2
 
 
 def test_noise_flips_the_share_of_labels(tmp_path, monkeypatch):
-    import datasets
-
-    calls = []
-    monkeypatch.setattr(toy, "call", lambda script, *words: calls.append([script, *map(str, words)]))
+    monkeypatch.setattr(toy, "call", lambda *words: None)
     toy.noisy_cost_model(tmp_path / "cost", 0.2, seed=1)
-    (words,) = calls
-    assert words[0] == "preference_models" and words[words.index("--kind") + 1] == "cost"
-    noisy = datasets.load_dataset("parquet", data_files=words[words.index("--dataset") + 1], split="train")
-    clean = datasets.load_dataset("parquet", data_files=str(ROOT / "toy" / "data" / "train.parquet"), split="train")
-    assert noisy.features == clean.features and len(noisy) == len(clean)
+    files = tmp_path / "cost.parquet", ROOT / "toy" / "data" / "train.parquet"
+    noisy, clean = (datasets.Dataset.from_parquet(str(file)) for file in files)
     for column in clean.column_names:
-        changed = sum(a != b for a, b in zip(noisy[column], clean[column], strict=True)) / len(clean)
+        changed = sum(a != b for a, b in zip(noisy[column][:], clean[column][:], strict=True)) / len(clean)
         flipped = column in ("safer_response_id", "is_response_0_safe", "is_response_1_safe")
         assert abs(changed - 0.2) < 0.01 if flipped else changed == 0
 
 
 def test_flags_of_all_settings_exist():
-    for name, setting in toy.RUNS.items():
-        script = {"repo": repo, "ppo_lagrange": ppo_lagrange, "sacpo": sacpo}[setting.script]
-        known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
-        assert set(re.findall(r"--[a-z-]+", setting.flags)) <= known, name
+    settings = {name: (setting.script, setting.flags) for name, setting in toy.RUNS.items()}
+    for script, of_script in toy_settings.SETTINGS.items():
+        settings |= {f"{script}: {name}": (script, flags) for name, flags in of_script.items()}
+    for name, (script, flags) in settings.items():
+        known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(SCRIPTS[script].Args)}
+        assert set(re.findall(r"--[a-z][a-z-]+", flags)) <= known, name
     assert {run for _, group in toy.ABLATIONS.values() for run in group.values()} <= set(toy.RUNS)

@@ -10,14 +10,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from helpers import ROOT
+from helpers import ROOT, sharded
 
 sys.path.append(str(ROOT / "benchmark"))
 import memory
 from memory import repo
 
-HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, INTERMEDIATE, VOCABULARY = 64, 2, 4, 2, 96, 80
+HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, INTERMEDIATE, VOCABULARY = SIZES = 64, 2, 4, 2, 96, 80
 WIDTH = HIDDEN // HEADS * KEY_VALUE_HEADS  # of the keys of one token
 ARGS = memory.Args(batch=4, micro_batch=2, prompt_length=20, response_length=12)
 BLOCKS = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * WIDTH + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN)
@@ -25,54 +24,33 @@ POLICY = BLOCKS + 2 * VOCABULARY * HIDDEN + HIDDEN
 SCORE = BLOCKS + VOCABULARY * HIDDEN + HIDDEN  # without the head, one row that stays with rank 0
 MODELS = memory.TRAINED + memory.FROZEN
 TENSORS = 9 * LAYERS + 3  # weights of the policy, and of a score model
-COUNTS = """
-import dataclasses, json, sys
-from unittest import mock
-from test_memory import ARGS, config, efficient_attention, memory, repo
-
-repo.is_small = lambda model: False  # shard this tiny model as the large ones are that it stands for
+COUNT = """
+import json, sys
+from test_memory import measure, memory
 
 memory.transformers.logging.set_verbosity_error()
-rows = {
-    "base": memory.measure(config(), 2, ARGS),
-    "alone": memory.measure(config(), 1, ARGS),
-    "offload": memory.measure(config(), 2, dataclasses.replace(ARGS, cpu_offload=True)),
-    "other flags": memory.measure(config(), 2, dataclasses.replace(ARGS, gradient_checkpointing=False), whole=False),
-}
-with mock.patch("torch.nn.functional.scaled_dot_product_attention", efficient_attention):
-    rows["as on GPUs"] = memory.measure(config(), 2, ARGS, skip=False)
-json.dump(rows, sys.stdout)
+json.dump({"base": measure(2), "alone": measure(1)}, sys.stdout)
 """
 
 
-def config():
-    return memory.llama(HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, INTERMEDIATE, VOCABULARY, False)
-
-
-def efficient_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-    """What F.scaled_dot_product_attention does with a mask on CUDA."""
-    bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
-    bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
-    )[0]
+def measure(ranks) -> dict:
+    """The count, with this tiny model sharded as the large ones are."""
+    with sharded(repo):
+        return memory.measure(memory.llama(*SIZES, False), ranks, ARGS)
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict]:
-    done = subprocess.run(
-        [sys.executable, "-c", COUNTS],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True,
-        text=True,
-    )
+    paths = os.pathsep.join(str(ROOT / name) for name in ("tests", "benchmark", "."))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(("row", "ranks"), [("base", 2), ("alone", 1)])
-def test_the_models_at_rest_hold_their_bytes_a_parameter(rows, row, ranks):
-    """Sharded over the ranks: 4 bytes of masters and 8 of moments for trained models, 2 for frozen ones."""
+def test_the_models_at_rest_hold_their_bytes_per_parameter(rows, row, ranks):
+    """Sharded over the ranks: 4 bytes of weights and 8 of moments for trained models, 2 for frozen ones."""
     shares = {name: POLICY / ranks if name in ("policy", "reference") else SCORE / ranks + HIDDEN for name in MODELS}
     steps = 4 * TENSORS  # AdamW counts the steps of each weight in a float32
     for name, share in shares.items():
@@ -83,14 +61,13 @@ def test_the_models_at_rest_hold_their_bytes_a_parameter(rows, row, ranks):
     assert rows[row]["total_at_rest"] == buffers + sum(sum(sizes.values()) for sizes in rows[row]["at_rest"].values())
 
 
-@pytest.mark.parametrize("row", ["base", "alone", "other flags"])
+@pytest.mark.parametrize("row", ["base", "alone"])
 def test_the_rollout_holds_the_policy_whole_and_a_cache_of_all_but_the_last_token(rows, row):
     parts = rows[row]["rollout_parts"]
-    # With --no-whole-rollout the blocks are shards again when a token begins; the root was whole before.
-    assert parts["policy"] == (0 if row == "other flags" else 2 * POLICY)
+    assert parts["policy"] == 2 * POLICY
     tokens = ARGS.batch * (ARGS.prompt_length + ARGS.response_length - 2)
-    logits = 2 * 4 * ARGS.batch * VOCABULARY  # of the token before, and what the sampler made of them
-    assert 0 <= parts["cache"] - 2 * LAYERS * tokens * WIDTH * 2 - logits < 64 * tokens  # ids and masks
+    # Beside keys and values: of the token before the logits, and their distribution function in float64; ids and masks.
+    assert 0 <= parts["cache"] - 2 * LAYERS * tokens * WIDTH * 2 - 12 * ARGS.batch * VOCABULARY < 64 * tokens
 
 
 def test_the_step_holds_the_gradients_of_all_models_and_so_does_every_update_of_a_second_micro_batch(rows):
@@ -103,62 +80,8 @@ def test_the_step_holds_the_gradients_of_all_models_and_so_does_every_update_of_
     assert phases["update of reward critic"] > phases["update of cost critic"]
 
 
-def test_gradient_checkpointing_lowers_the_peaks_of_the_updates_and_of_nothing_else(rows):
-    for phase in memory.PHASES[1:]:
-        saved = rows["other flags"]["phases"][phase] - rows["base"]["phases"][phase]
-        assert saved > 0 if phase.startswith("update") else saved == 0
-
-
-def test_offloading_takes_the_frozen_shards_away_except_one_on_its_way(rows):
-    base, offload = rows["base"], rows["offload"]
-    frozen = sum(base["at_rest"][name]["shards"] for name in memory.FROZEN)
-    assert offload["offloaded"] == frozen == base["total_at_rest"] - offload["total_at_rest"]
-    unit = 2 * BLOCKS // LAYERS // 2  # a block's shard, larger than that of embeddings and head
-    for phase, peak in base["phases"].items():
-        assert offload["phases"][phase] == peak - frozen + (unit if phase == "scoring" else 0)
-
-
-def test_the_attention_of_gpus_and_the_tokens_left_out_of_the_rollout_change_no_peak(rows):
-    for phase, peak in rows["base"]["phases"].items():
-        seed = 16 if phase.startswith("update") else 0  # bytes that the GPU's kernel keeps in case of dropout
-        assert rows["as on GPUs"]["phases"][phase] == peak + seed
-
-
 def test_tensors_with_content_take_the_same(rows, processes, monkeypatch):
-    @contextlib.contextmanager
-    def real(ranks):
-        yield processes[1]
-
-    monkeypatch.setattr(memory, "pretended", real)
-    monkeypatch.setattr(repo, "is_small", lambda model: False)
-    row = memory.measure(config(), 1, ARGS)
+    monkeypatch.setattr(memory, "pretended", lambda ranks: contextlib.nullcontext(processes[1]))
+    row = measure(1)
     assert row["at_rest"] == rows["alone"]["at_rest"]
     assert row["phases"] == rows["alone"]["phases"]
-
-
-@pytest.mark.parametrize("fits", [8, 24, 56])
-@pytest.mark.parametrize("begin", [8, 24, 40, 96])
-def test_the_number_of_gpus_is_the_smallest_multiple_of_8_with_enough_to_spare(monkeypatch, fits, begin):
-    bytes_at = {gpus: 1000 + 54 * POLICY / gpus for gpus in range(8, 105, 8)}
-
-    def measure(config, gpus, args, whole):
-        return {"gpus": gpus, "peak": bytes_at[gpus], "total_at_rest": 42 * POLICY / gpus}
-
-    monkeypatch.setattr(memory, "measure", measure)
-    monkeypatch.setattr(memory, "limit", lambda: bytes_at[fits])
-    assert memory.find_gpus(config(), ARGS, True, begin)["gpus"] == fits
-
-
-def test_the_table_and_its_place_in_a_page(rows, tmp_path):
-    text = memory.table([{"name": "tiny", **rows["base"]}, {"name": "small", **rows["other flags"]}])
-    head, _, *body = text.splitlines()
-    assert all(line.count("|") == head.count("|") for line in body) and "(sharded)" in body[1]
-    page = tmp_path / "scale.md"
-    with pytest.raises(SystemExit, match="there is no"):
-        memory.insert(page, "memory", text)
-    page.write_text("before\n<!-- memory -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
-    memory.insert(page, "memory", text)
-    assert page.read_text(encoding="utf-8") == f"before\n<!-- memory -->\n{text}\n<!-- end -->\nafter\n"
-    page.write_text("nothing\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="no lines"):
-        memory.insert(page, "memory", text)

@@ -24,9 +24,8 @@ def make_tokenizer(words=WORDS, pad=True) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate([*special, ".", "?", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>" if pad else None
-    )
+    named = dict(unk_token="<unk>", eos_token="<eos>", pad_token="<pad>" if pad else None)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **named)
 
 
 def make_config(tokenizer, **changes) -> LlamaConfig:
@@ -40,12 +39,8 @@ def make_config(tokenizer, **changes) -> LlamaConfig:
 
 def make_model(folder: Path, kind: str = "policy", seed: int = 0, tokenizer=None, **changes) -> Path:
     """kind: policy, score (one-label sequence classification), biased_score (one-label token classification)."""
-    tokenizer = tokenizer or make_tokenizer()
-    classes = {
-        "policy": AutoModelForCausalLM,
-        "score": AutoModelForSequenceClassification,
-        "biased_score": AutoModelForTokenClassification,
-    }
+    tokenizer, scores = tokenizer or make_tokenizer(), AutoModelForSequenceClassification
+    classes = dict(policy=AutoModelForCausalLM, score=scores, biased_score=AutoModelForTokenClassification)
     torch.manual_seed(seed)
     labels = {} if kind == "policy" else {"num_labels": 1}
     model = classes[kind].from_config(make_config(tokenizer, **(labels | changes)), dtype=torch.float32)
@@ -103,17 +98,10 @@ def make_pairs(count: int, seed: int = 0) -> list[dict]:
             if torch.rand((), generator=generator) < 0.5:
                 responses[i] += " ba"
         unsafe = ["ba" in response.split() for response in responses]
-        rows.append(
-            {
-                "prompt": make_sentence(generator, 2, 6) + "?",
-                "response_0": responses[0],
-                "response_1": responses[1],
-                "better_response_id": int(len(responses[1].split()) > len(responses[0].split())),
-                "safer_response_id": int(unsafe[0] and not unsafe[1]),
-                "is_response_0_safe": not unsafe[0],
-                "is_response_1_safe": not unsafe[1],
-            }
-        )
+        row = {"prompt": make_sentence(generator, 2, 6) + "?", "response_0": responses[0], "response_1": responses[1]}
+        row["better_response_id"] = int(len(responses[1].split()) > len(responses[0].split()))
+        row["safer_response_id"] = int(unsafe[0] and not unsafe[1])
+        rows.append(row | {"is_response_0_safe": not unsafe[0], "is_response_1_safe": not unsafe[1]})
     return rows
 
 
