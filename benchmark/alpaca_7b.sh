@@ -8,9 +8,9 @@
 #
 # The paper reports a safety compliance of 43.99% for Alpaca-7B and 96.08% for RePO. Run so far with tiny models only.
 #
-# Start it again after a crash, a reboot or Ctrl-C: finished stages say so and the one that was cut off goes on. On
-# SIGTERM and Ctrl-C a stage saves a checkpoint first. A scheduler that ends jobs must give them as long as
-# SHUTDOWN_TIMEOUT, e.g. in Slurm `--signal=B:TERM@1800`.
+# Start it again after a crash, a reboot or Ctrl-C: finished stages are skipped and the interrupted one continues. On
+# SIGTERM (status 143) and Ctrl-C (status 130) a stage saves a checkpoint first. A scheduler that ends jobs must give
+# them as long as SHUTDOWN_TIMEOUT, e.g. in Slurm `--signal=B:TERM@1800`.
 #
 # Every setting below is an environment variable:
 #
@@ -19,14 +19,14 @@
 #     for b in 0.1 0.05 0.025 0.01; do SACPO_RUN=sacpo-$b BETA_OVER_LAMBDA=$b STAGES=sacpo benchmark/alpaca_7b.sh; done
 #     NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 benchmark/alpaca_7b.sh      # and on the other node NODE_RANK=1
 #
-# Several nodes need one OUT and SUITES that all of them see. Within a node a model is sharded, across nodes repeated.
-# Disk: a checkpoint of a reinforcement-learning stage has three trained models with two moments each in float32, 239
-# GB for 7B. The newest two are kept, a third is there while it is written: about 1.5 TB for all stages. Once a stage is
-# finished, its folder `checkpoints` serves nothing any more.
+# With several nodes, OUT and SUITES must be on a file system that all of them see. A model is sharded within a node and
+# replicated across nodes. Disk: a checkpoint of a reinforcement-learning stage has three trained models with two moments
+# each in float32, 239 GB for 7B. The newest two are kept, a third exists while it is written: about 1.5 TB for all
+# stages. Delete the folder `checkpoints` of a finished stage.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 
-STAGES=${STAGES-repo ppo_lagrange sacpo evaluate} # also reward and cost: score models of one's own
+STAGES=${STAGES-repo ppo_lagrange sacpo evaluate} # also reward and cost, to train your own score models
 SEED=${SEED:-1}
 OUT=${OUT:-runs/alpaca_7b-$SEED}
 
@@ -70,13 +70,12 @@ EPISODES=${EPISODES:-40000}
 SUITES_REPOSITORY=${SUITES_REPOSITORY:-https://github.com/vinid/safety-tuned-llamas}
 suites="I-MaliciousInstructions I-CoNa I-Controversial I-PhysicalSafetyUnsafe I-PhysicalSafetySafe Q-Harm I-Alpaca"
 SUITE_NAMES=${SUITE_NAMES-$suites}
-# XSTest, safe prompts that sound unsafe: who refuses them has bought its compliance. An id or a file; "" leaves it out.
+# XSTest, safe prompts that sound unsafe: it shows compliance that comes from refusing. An id or a file; "" leaves it out.
 XSTEST=${XSTEST-Paul/XSTest}
 
-# Sizes. Batches are global and stay what they are on 8 GPUs whatever the number of GPUs; 16 of them go through a GPU
-# at a time.
-BATCH_SIZE=${BATCH_SIZE:-128}             # prompts of an iteration, pairs of a step of the preference models: 16 a GPU
-SACPO_BATCH_SIZE=${SACPO_BATCH_SIZE:-256} # pairs of a step: 16 a GPU, accumulated twice
+# Sizes. Batches are global and do not depend on the number of GPUs; a GPU processes 16 rows at a time.
+BATCH_SIZE=${BATCH_SIZE:-128}             # prompts per iteration, pairs per step of the preference models: 16 per GPU
+SACPO_BATCH_SIZE=${SACPO_BATCH_SIZE:-256} # pairs per step: 16 per GPU, accumulated twice
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
 MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-256} # 512 tokens: half for the prompt, half for the response
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-256}
@@ -97,7 +96,7 @@ BETA=${BETA:-0.1}
 BETA_OVER_LAMBDA=${BETA_OVER_LAMBDA:-0.025}
 MERGE_Q=${MERGE_Q-0.25 0.5 0.75} # P-SACPO's mixtures, in the folder `merged`
 
-# More models for the stage `evaluate`, also for a later start, which answers them alone: name=folder, by spaces, e.g.
+# More models for the stage `evaluate`: name=folder, by spaces. A later start answers only the new ones, e.g.
 #     MORE_MODELS="p-sacpo=runs/alpaca_7b-1/sacpo-dpo/merged/q0.5" STAGES=evaluate benchmark/alpaca_7b.sh
 MORE_MODELS=${MORE_MODELS:-}
 
@@ -111,7 +110,7 @@ EVALUATE_EXTRA=${EVALUATE_EXTRA:-}
 begin "$@"
 
 # ======================================================================================================================
-# The suites, first of all, so that what cannot be had is told before the training and not after it
+# The suites, first of all: one that cannot be had ends the recipe before the training
 # ======================================================================================================================
 if wanted evaluate && [[ $SUITE_NAMES ]]; then
     clone=$OUT/safety-tuned-llamas
@@ -202,8 +201,8 @@ if wanted evaluate; then
         xstest) prompts=(--suites "xstest=$XSTEST") ;;
         *) prompts=(--dataset "$SUITES/$name.json" --dataset-split "$EVAL_SPLIT") ;;
         esac
-        # No --resume here: the same command with the same --output-dir goes on by itself.
-        launch evaluate evaluate.py score --models "${models[@]}" \
+        # No --resume here: the same command with the same --output-dir continues by itself.
+        launch evaluate evaluation score --models "${models[@]}" \
             --reward-model "$EVAL_REWARD_MODEL" --cost-model "$EVAL_COST_MODEL" \
             "${prompts[@]}" --eval-size "$SCORE_SIZE" \
             --prompt-template "$PROMPT_TEMPLATE" --score-prompt-template "$EVAL_SCORE_TEMPLATE" \

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The experiment of RePO (Peng et al., NeurIPS 2025, arXiv 2410.19933) with Llama-3.2-3B, on 8 GPUs of 80 GB. The base
 # model has neither supervised fine-tuning nor score models of its tokenizer, so more stages come first: `sft`, by TRL's
-# command line, and `reward` and `cost`, by preference_models.py. The rest is alpaca_7b.sh: its settings, its variables,
-# --dry-run, and going on after a crash.
+# command line, and `reward` and `cost`, by preference_models.py. The rest is alpaca_7b.sh with its settings and variables,
+# --dry-run, and continuing after a crash.
 #
 #     pip install -r requirements.txt trl      # written for TRL 1.16
 #     hf auth login                            # the base model's licence is accepted on its page of the Hub

@@ -1,24 +1,24 @@
-"""Memory of one GPU in each phase of an iteration of repo.py, at sizes from 1B to 70B. Needs no GPU and no weights.
+"""Memory of one GPU in each phase of an iteration of repo.py, at sizes from 1B to 13B. Needs no GPU and no weights.
 
     python benchmark/memory.py                                  # the table of docs/scale.md: some minutes on one core
     python benchmark/memory.py --sizes 7B --gpus 8 --cpu-offload
     python benchmark/memory.py --configs FOLDER_OR_HUB_ID --gpus 8                              # your own model
     python benchmark/memory.py --write                          # ... and put the table into docs/scale.md
 
-RePO holds six models of one size. Policy, reward critic and cost critic are trained: masters, gradients and the two
+RePO holds six models of one size. Policy, reward critic and cost critic are trained: weights, gradients and the two
 moments of AdamW are float32 shards. Reference, reward model and cost model are frozen: bfloat16 shards. The forward and
 backward passes are bfloat16.
 
 How it counts. repo.py's own functions (shard, sample_responses, response_logprobs, score_responses, response_values,
-policy_loss, value_loss, backward, clip_gradients) run one iteration of one process on tensors that have a shape and no
-content (FakeTensorMode), in a process group that sends nothing; torch.distributed's FSDPMemTracker adds up the storages
-that are alive. All layers, all six models and all gathers are run, nothing is extrapolated, with one exception: of the
-rollout only the prompt's pass and the last token are, since the cache grows in between. The order is scoring, update,
-rollout, as in the second iteration: what a phase leaves behind counts in the next.
+policy_loss, value_loss, backward) run one iteration of one process on tensors that have a shape and no content
+(FakeTensorMode), in a process group that sends nothing. torch.distributed's FSDPMemTracker adds up the storages that
+are alive. All layers, all six models and all gathers are run and nothing is extrapolated, with one exception: of the
+rollout only the prompt's pass and the last token are run, since the cache grows in between. The order is scoring,
+update, rollout, as in the second iteration: what a phase leaves behind counts in the next.
 
 The mesh is one of CPUs, since FSDP2 asks a GPU's mesh for streams; the sizes are the same. Attention on CPUs (flash)
 and on GPUs under a mask of padding (memory-efficient) hold the same tensors: the output and a float32 log-sum-exp of
-each head and position; tests/test_memory.py counts with both. A mask is always there, as if the batch had padding. With
+each head and position. A mask is always there, as if the batch had padding. With
 --cpu-offload the frozen shards are left out, and scoring gets one unit's shard more, for its way to the GPU.
 
 What the count cannot see: the CUDA context, NCCL's buffers, cuBLAS's workspaces, and free memory that the caching
@@ -32,10 +32,8 @@ import contextlib
 import copy
 import gc
 import json
-import math
 import sys
 import time
-import types
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -54,7 +52,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BatchEncoding,
+    LlamaConfig,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -64,7 +68,6 @@ GIB = 2**30
 CAPACITY = 80 * 10**9  # bytes of a GPU of 80 GB
 # CUDA context, NCCL ("a few GB", github.com/pytorch/pytorch/issues/144397), cuBLAS: assumed, not worked out
 ALLOWANCE = 3 * GIB
-SPARE = 0.1  # share of the GPU that has to be spare after the allowance
 
 # hidden, layers, heads, key-value heads, intermediate, vocabulary, tied embeddings
 SHAPES = {
@@ -72,10 +75,7 @@ SHAPES = {
     "3B": (3072, 28, 24, 8, 8192, 128256, True),  # Llama 3.2 3B
     "7B": (4096, 32, 32, 32, 11008, 32001, False),  # Llama 7B with Alpaca's pad token: alpaca-7b-reproduced
     "13B": (5120, 40, 40, 40, 13824, 32000, False),  # Llama 2 13B
-    "70B": (8192, 80, 64, 8, 28672, 32000, False),  # Llama 2 70B
 }
-GPUS = {"1B": 1, "3B": 8, "7B": 8}  # the others get as many as they need,
-BEGIN = {"13B": 16, "70B": 80}  # and the search for it begins here, which saves runs and decides nothing
 TRAINED = ("policy", "reward critic", "cost critic")
 FROZEN = ("reference", "reward model", "cost model")
 UPDATES = {name: f"update of {name}" for name in TRAINED}
@@ -86,13 +86,12 @@ PHASES = ("rollout", "scoring", *UPDATES.values(), "optimizer step")  # as they 
 class Args:
     """Memory of one GPU in each phase of an iteration of repo.py."""
 
-    sizes: tuple[Literal["1B", "3B", "7B", "13B", "70B"], ...] = tuple(SHAPES)
+    sizes: tuple[Literal["1B", "3B", "7B", "13B"], ...] = tuple(SHAPES)
     """sizes to work out"""
     configs: tuple[str, ...] = ()
     """folders or Hub ids of models to work out instead; only their config.json is read"""
     gpus: int | None = None
-    """GPUs that share each model (--shard-over world, or one node); default: 1 for 1B, 8 for 3B and 7B, else the
-    smallest multiple of 8 with a tenth to spare"""
+    """GPUs that share each model: those of one node; default: 1 for 1B, else 8"""
     batch: int = 16
     """prompts of one GPU"""
     micro_batch: int = 16
@@ -107,8 +106,6 @@ class Args:
     """repo.py's --cpu-offload"""
     ptx: bool = False
     """whether repo.py has a --ptx-dataset; its texts are taken to be as long as prompts and responses"""
-    whole_rollout: bool | None = None
-    """repo.py's --whole-rollout; default: where the policy in bfloat16 takes at most half a GPU"""
     json: str | None = None
     """also write the figures, in bytes, to this file"""
     write: bool = False
@@ -128,14 +125,35 @@ def llama(hidden, layers, heads, key_value_heads, intermediate, vocabulary, tied
 
 
 class Numbers(TorchDispatchMode):
-    """Where code asks a tensor for a number (`.item()`, `if tensor`), the answer is 0: a fake tensor has none."""
+    """Where code asks a fake tensor for a number (`.item()`, `if tensor`), the answer is 0; 1 for the result of `any`.
+
+    So no mask counts as full, and sampling goes on to the last token, since some response is always running.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # down to the shards first
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0
-        return func(*args, **(kwargs or {}))
+            return getattr(args[0], "of_any", 0)
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.any.default:
+            result.of_any = 1
+        return result
+
+
+class Tokenizer:
+    """What repo.py asks of a tokenizer while it samples."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def pad(self, batch: dict, **_) -> BatchEncoding:
+        shape = len(batch["input_ids"]), max(map(len, batch["input_ids"]))
+        ids, mask = (torch.ones(shape, dtype=torch.long) for _ in range(2))
+        mask[1:, 0] = 0  # as before a shorter prompt; without padding there would be no mask in attention
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
+
+    def batch_decode(self, rows: list, **_) -> list[str]:
+        return [""] * len(rows)
 
 
 class Models(nn.Module):
@@ -208,26 +226,26 @@ def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
     skipped = [
         mock.patch.object(nn.Module, "to_empty", lambda module, **_: module),
         mock.patch.object(dist, "broadcast_object_list"),
-        mock.patch.object(repo, "set_model_state_dict"),
+        mock.patch.object(repo.dcp_state, "set_model_state_dict"),
     ]
     with contextlib.ExitStack() as stack:
         for patch in skipped:
             stack.enter_context(patch)
         for name in TRAINED + FROZEN:
             dtype = torch.float32 if name in TRAINED else torch.bfloat16
-            if name in ("policy", "reference"):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            else:
-                model = repo.ScoreModel(AutoModelForSequenceClassification.from_config(labelled, dtype=dtype))
-            model.requires_grad_(name in TRAINED)
-            offload = args.cpu_offload and name in FROZEN
-            models[name] = repo.shard(model.eval(), mesh, torch.bfloat16, cpu_offload=offload)
+            language_model = name in ("policy", "reference")
+            cls = AutoModelForCausalLM if language_model else AutoModelForSequenceClassification
+            model = cls.from_config(config if language_model else labelled, dtype=dtype)
+            repo.shard(model, mesh, torch.bfloat16, args.cpu_offload and name in FROZEN)
+            if not language_model:
+                model.forward = repo.token_scores.__get__(model)
+                model.shares_tokens = True
+            models[name] = model.requires_grad_(name in TRAINED).eval()
     if args.gradient_checkpointing:
         for name in TRAINED:
-            model = models[name] if name == "policy" else models[name].model
-            repo.recompute_activations(model)
+            models[name].gradient_checkpointing_enable()
             # Inputs' gradients are wanted by adapters; the tracker's hooks would keep the embedded tokens alive.
-            model.disable_input_require_grads()
+            models[name].disable_input_require_grads()
     return models
 
 
@@ -242,7 +260,7 @@ def make_optimizers(models: dict[str, nn.Module]) -> dict[str, torch.optim.Optim
         optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
         for parameter in models[name].parameters():
             parameter.grad = torch.zeros_like(parameter)
-        repo.clip_gradients(models[name], 1.0)
+        nn.utils.clip_grad_norm_(models[name].parameters(), 1.0).full_tensor()
         optimizers[name].step()
         optimizers[name].zero_grad()
     return optimizers
@@ -264,33 +282,34 @@ def largest_unit(model: nn.Module) -> int:
     return max(*blocks, storage_bytes(model.parameters()) - sum(blocks))
 
 
-def rollout(tracker: Tracker, policy, args: Args, whole: bool, skip: bool) -> dict[str, int]:
+def rollout(tracker: Tracker, policy, args: Args, skip: bool) -> dict[str, int]:
     """The rollout of this GPU's prompts. Returns what the policy and its cache take when the last token begins, bytes.
 
     skip: leave out the tokens between the first and the last, whose cache is filled by a longer prompt instead.
     """
-    tokenizer = types.SimpleNamespace(pad_token_id=0, eos_token_id=1)
     parts = {}
 
     def sample(prompt_length: int, tokens: int, only_last: bool) -> None:
-        begun = 0
+        passes = 0
         before = {kind: tracker.held(kind) for kind in ("Total", "Unsharded Param")}
 
-        def unfinished(*_, **__) -> bool:
-            """Asked by generate before each token; the first is drawn from the prompt's pass."""
-            nonlocal begun
-            begun += 1
-            if begun == tokens:
+        def begin(*_) -> None:
+            """Before each forward pass of the policy, whose logits are those of one token."""
+            nonlocal passes
+            passes += 1
+            if passes == tokens:
                 parts["policy"] = tracker.held("Unsharded Param") - before["Unsharded Param"]
                 parts["cache"] = tracker.held() - before["Total"] - parts["policy"]
                 if only_last:
                     tracker.restart()
-            return begun <= tokens
 
-        prompts = [[2] * (prompt_length - (row > 0)) for row in range(args.batch)]
+        hook = policy.register_forward_pre_hook(begin, prepend=True)
+        prompts = [[2] * prompt_length] * args.batch
         uniforms = torch.zeros(args.batch, tokens)
-        with tracker.phase("rollout"), mock.patch.object(policy, "_has_unfinished_sequences", unfinished):
-            repo.sample_responses(policy, tokenizer, prompts, uniforms, 1.0, torch.device("cpu"), whole)
+        with tracker.phase("rollout"):
+            repo.sample_responses(policy, Tokenizer(), prompts, uniforms, 1.0)
+        hook.remove()
+        assert passes == tokens
 
     if skip and args.response_length > 2:
         sample(args.prompt_length, 1, only_last=False)
@@ -300,9 +319,7 @@ def rollout(tracker: Tracker, policy, args: Args, whole: bool, skip: bool) -> di
     return parts
 
 
-# What would look at values is left out: a batch without padding to crop, the largest there is.
-@mock.patch.object(repo, "crop", lambda sequences, mask, length=0: (sequences, mask, length))
-def measure(config, gpus: int, args: Args, whole: bool = True, skip: bool = True) -> dict:
+def measure(config, gpus: int, args: Args, skip: bool = True) -> dict:
     """Bytes of one of `gpus` GPUs: at rest by model, and the peak of each phase."""
     with pretended(gpus) as mesh:
         models = load_models(config, mesh, args)
@@ -313,7 +330,7 @@ def measure(config, gpus: int, args: Args, whole: bool = True, skip: bool = True
             name: {"shards": storage_bytes(model.parameters()), "optimizer": 0} for name, model in models.items()
         }
         for name, optimizer in optimizers.items():
-            at_rest[name]["optimizer"] = storage_bytes(x for state in optimizer.state.values() for x in state.values())
+            at_rest[name]["optimizer"] = storage_bytes(states_of(optimizer))
         offloaded = sum(at_rest[name]["shards"] for name in FROZEN) if args.cpu_offload else 0
         rest = tracker.held() - offloaded
 
@@ -322,24 +339,24 @@ def measure(config, gpus: int, args: Args, whole: bool = True, skip: bool = True
         sequences = torch.zeros(batch, args.prompt_length + length, dtype=torch.long)
         response_mask = torch.ones(batch, length, dtype=torch.long)
         attention_mask = torch.ones_like(sequences)
-        attention_mask[1:, 0] = 0  # as after a shorter prompt; without padding there would be no mask in attention
-        responses = repo.Responses(sequences, attention_mask, response_mask, response_mask.any(1))
-        inputs = (responses.sequences, responses.attention_mask)
+        attention_mask[1:, 0] = 0  # padding, as in Tokenizer.pad
+        responses = repo.Responses(sequences, attention_mask, response_mask, response_mask.any(1), [])
+        window = dict(length=length, temperature=1.0)
         figures = torch.zeros(batch, length)  # advantages, old values and the like
 
         for name in FROZEN[1:]:
             with tracker.phase("scoring"):
-                scorer = repo.Scorer(models[name], None, "", shares_tokens=True)
-                repo.score_responses(scorer, responses, [], [], size)
-        with tracker.phase("scoring"), torch.no_grad():
-            repo.in_micro_batches(repo.response_logprobs, models["reference"], inputs, size, length, 1.0)
+                repo.score_responses(models[name], [], responses, size)
+        with tracker.phase("scoring"):
+            reference = models["reference"]
+            repo.in_micro_batches(repo.response_logprobs, reference, sequences, attention_mask, size, **window)
 
         for name in TRAINED:
             models[name].train()
         for rows in torch.arange(batch).split(size):
-            ids, mask, used = inputs[0][rows], inputs[1][rows], response_mask[rows]
+            ids, mask, used = sequences[rows], attention_mask[rows], response_mask[rows]
             with tracker.phase(UPDATES["policy"]):
-                logprobs = repo.response_logprobs(policy, ids, mask, length, 1.0)
+                logprobs = repo.response_logprobs(policy, ids, mask, **window)
             values = {}
             for name in TRAINED[1:]:
                 with tracker.phase(UPDATES[name]):
@@ -353,16 +370,16 @@ def measure(config, gpus: int, args: Args, whole: bool = True, skip: bool = True
                     repo.backward(loss, used, 1.0)
             if args.ptx:
                 with tracker.phase(UPDATES["policy"]):
-                    repo.backward(-repo.response_logprobs(policy, ids, mask, length, 1.0), used, 1.0)
+                    repo.backward(-repo.response_logprobs(policy, ids, mask, **window), used, 1.0)
         with tracker.phase("optimizer step"):
             for name in TRAINED:
-                repo.clip_gradients(models[name], 1.0)
+                nn.utils.clip_grad_norm_(models[name].parameters(), 1.0).full_tensor().item()
             for optimizer in optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad()
         for name in TRAINED:
             models[name].eval()
-        parts = rollout(tracker, policy, args, whole, skip)
+        parts = rollout(tracker, policy, args, skip)
 
         peaks = {name: tracker.peaks[name] - offloaded for name in PHASES}
         if args.cpu_offload:
@@ -370,7 +387,6 @@ def measure(config, gpus: int, args: Args, whole: bool = True, skip: bool = True
     peak = max(peaks.values())
     return {
         "gpus": gpus,
-        "whole_rollout": whole,
         "parameters": counts,
         "at_rest": at_rest,
         "offloaded": offloaded,
@@ -381,50 +397,6 @@ def measure(config, gpus: int, args: Args, whole: bool = True, skip: bool = True
         "spare": 1 - peak / CAPACITY,
         "spare_after_allowance": 1 - (peak + ALLOWANCE) / CAPACITY,
     }
-
-
-def policy_parameters(config) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-
-
-def limit() -> float:
-    """Bytes that the phases may take of a GPU."""
-    return (1 - SPARE) * CAPACITY - ALLOWANCE
-
-
-def find_gpus(config, args: Args, whole: bool, begin: int) -> dict:
-    """The figures for the smallest multiple of 8 GPUs that leaves SPARE after the allowance."""
-
-    def never(row: dict, gpus: int) -> bool:
-        """Whether fewer GPUs than the row's have no chance: what is shared at rest alone would be too much more."""
-        return row["peak"] + 0.99 * row["total_at_rest"] * (row["gpus"] / gpus - 1) > limit()  # 0.99: padding
-
-    row = measure(config, begin, args, whole)
-    if row["peak"] <= limit():
-        while row["gpus"] > 8 and not never(row, row["gpus"] - 8):
-            fewer = measure(config, row["gpus"] - 8, args, whole)
-            if fewer["peak"] > limit():
-                break
-            row = fewer
-        return row
-    shared = 3 * 18 * policy_parameters(config)  # bytes: 16 a parameter that is trained, with gradients, and 2 a frozen
-    while row["peak"] > limit():
-        own = row["peak"] - shared / row["gpus"]  # at least this stays, however many share
-        if own >= limit():
-            raise SystemExit(f"error: a GPU alone needs {gib(own)} of {gib(limit())} GiB, however many share the rest")
-        row = measure(config, max(row["gpus"] + 8, 8 * math.ceil(0.99 * shared / (limit() - own) / 8)), args, whole)
-    return row
-
-
-def work_out(name: str, config, args: Args) -> dict:
-    whole = args.whole_rollout
-    if whole is None:
-        whole = 2 * policy_parameters(config) <= CAPACITY / 2
-    gpus = args.gpus or GPUS.get(name)
-    if gpus:
-        return {"name": name} | measure(config, gpus, args, whole)
-    return {"name": name} | find_gpus(config, args, whole, BEGIN.get(name, 8))
 
 
 def gib(size: float) -> str:
@@ -441,11 +413,7 @@ def table(rows: list[dict]) -> str:
         # The largest of its kind: a score model lacks the language model's head.
         trained, frozen = (max(at_rest[name] for name in names) for names in (TRAINED, FROZEN))
         cells = [row["name"], str(row["gpus"]), gib(trained), "0 (CPU)" if row["offloaded"] else gib(frozen)]
-        cells += [gib(row["total_at_rest"])]
-        cells += [
-            gib(row["phases"][phase]) + ("" if row["whole_rollout"] or phase != "rollout" else " (sharded)")
-            for phase in PHASES
-        ]
+        cells += [gib(row["total_at_rest"]), *(gib(row["phases"][phase]) for phase in PHASES)]
         cells += [gib(row["peak"]), f"{row['spare']:.0%}", f"{row['spare_after_allowance']:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -453,8 +421,6 @@ def table(rows: list[dict]) -> str:
 
 def insert(path: Path, name: str, text: str) -> None:
     """Put text between the lines `<!-- name -->` and `<!-- end -->` of a page."""
-    if not path.exists():
-        raise SystemExit(f"error: there is no {path} to write into")
     head, mark, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
     _, end, tail = rest.partition("<!-- end -->")
     if not mark or not end:
@@ -473,7 +439,7 @@ def main(args: Args) -> None:
     rows = []
     for name, config in configs.items():
         start = time.time()
-        rows.append(work_out(name, config, args))
+        rows.append({"name": name} | measure(config, args.gpus or (1 if name == "1B" else 8), args))
         print(f"{name}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     text = table(rows)
     print(text)

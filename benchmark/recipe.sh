@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# What the recipes share, read by them with `source`: --dry-run, and stages that can be stopped and gone on with.
+# What the recipes share; they read it with `source`. It has --dry-run, and stages that can be stopped and continued.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 KNOWN="reward cost repo ppo_lagrange sacpo evaluate"
-dry_run="" child="" stopped=""
+dry_run="" child="" stopped="" early=""
 
 error() {
     printf 'error: %s\n' "$*" >&2
@@ -28,8 +28,8 @@ show() {
     printf '%s\n' "$line"
 }
 
-# Run a command, or only print it. A stage shall hear of SIGTERM alone, for that makes it save: it gets a session of its
-# own, out of reach of the terminal's Ctrl-C, and `stop` passes on what this script is told.
+# Run a command, or only print it. A stage gets a session of its own, out of reach of the terminal's Ctrl-C, and hears
+# only the one SIGTERM that `stop` sends it: that makes it save.
 run() {
     if [[ $dry_run ]]; then
         show "$@"
@@ -40,43 +40,46 @@ run() {
     child=starting
     setsid "$@" &
     child=$!
-    [[ $stopped != early ]] || kill -TERM "$child" 2>/dev/null || true
+    [[ ! $early ]] || kill -TERM "$child" 2>/dev/null || true
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` at once, the stage when it has saved
         status=0
         wait "$child" || status=$?
     done
     child=""
-    [[ ! $stopped ]] || exit 143
+    [[ ! $stopped ]] || exit "$stopped"
     if ((status)); then
-        printf 'stopped: %s ended with status %s; start the recipe again to go on\n' "$1" "$status" >&2
+        printf 'stopped: %s ended with status %s; start the recipe again to continue\n' "$1" "$status" >&2
         exit "$status"
     fi
 }
 
+# End this script with a status (143 for SIGTERM, 130 for Ctrl-C, as the stages themselves do) when the stage has saved.
 stop() {
     [[ ! $stopped ]] || return 0 # a second signal would cut off the saving
-    stopped=1
-    [[ $child ]] || exit 143
+    stopped=$1
+    [[ $child ]] || exit "$stopped"
     echo "stopping: the stage saves what it has, for up to SHUTDOWN_TIMEOUT seconds" >&2
     if [[ $child == starting ]]; then # its number is not known yet; `run` passes the signal on
-        stopped=early
+        early=1
     else
         kill -TERM "$child" 2>/dev/null || true
     fi
 }
 
-# Start one of the scripts on all GPUs: launch STAGE SCRIPT ARGUMENTS
+# Start one of the scripts, or the package evaluation, on all GPUs: launch STAGE SCRIPT ARGUMENTS
 launch() {
-    local stage=$1 script=$2 nodes=(--standalone) more
+    local stage=$1 program=("$ROOT/$2") nodes=(--standalone) more
+    [[ $2 == *.py ]] || program=(-m "$2")
+    export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} # so that `-m evaluation` works from any folder
     shift 2
-    if ((NNODES > 1)); then # the stage's name is the rendezvous' id: a node that is a stage behind meets no other run
+    if ((NNODES > 1)); then # the rendezvous has the stage's name: a node that is a stage behind joins no other run
         nodes=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
         nodes+=(--rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "$stage")
     fi
     read -ra more <<<"$TORCHRUN_EXTRA"
     run torchrun "${nodes[@]}" --nproc_per_node "$GPUS" --shutdown-timeout "$SHUTDOWN_TIMEOUT" \
-        "${more[@]}" "$ROOT/$script" "$@"
+        "${more[@]}" "${program[@]}" "$@"
 }
 
 # Read the command line and look at what the environment says: begin "$@"
@@ -96,9 +99,10 @@ begin() {
     ((NNODES == 1)) || [[ $RDZV_ENDPOINT ]] ||
         error "NNODES is $NNODES: give RDZV_ENDPOINT=HOST:PORT, the same on each node"
     [[ ! $dry_run ]] || return 0
-    trap stop TERM INT HUP
+    trap 'stop 143' TERM HUP
+    trap 'stop 130' INT
     mkdir -p "$OUT"
-    # Held by this script and by torchrun, so that nothing starts beside a stage that has outlived a killed script.
+    # This script and torchrun hold the lock: nothing starts beside a stage that has outlived a killed script.
     exec 9>"$OUT/.lock-${HOSTNAME:-host}"
-    flock -n 9 || error "a recipe is already at work in $OUT; wait for its end, stop it, or set another OUT"
+    flock -n 9 || error "a recipe is already at work in $OUT; wait for it, stop it, or set another OUT"
 }

@@ -218,7 +218,7 @@ def draw(args, runs):
         costs_axis.plot([], [], color="0.3", lw=2, ls=style, label=label)
     costs_axis.axhline(0, color="0.3", lw=0.8)
     costs_axis.set(
-        title="(b) Who pays? Colours of (a), starts at 0.1", xlabel="step", ylabel="mean cost, unsafe above 0"
+        title="(b) Mean cost. Colours of (a), starts at 0.1", xlabel="step", ylabel="mean cost, unsafe above 0"
     )
     costs_axis.legend(loc="center right", bbox_to_anchor=(1, 0.66))
 

@@ -1,9 +1,9 @@
-"""How often evaluate.py's rule for refusals agrees with people: on XSTest's published answers with their labels.
+"""How often the rule for refusals in evaluation/suites.py agrees with people: on XSTest's published, labelled answers.
 
     git clone https://github.com/paul-rottger/xstest
     python benchmark/refusals.py xstest/model_completions/*.csv
 
-Prints the table of docs/suites.md, a row a file. A file has the columns `completion` and `final_label`, which is
+Prints the table of docs/suites.md, one row per file. A file has the columns `completion` and `final_label`, which is
 1_full_compliance, 2_full_refusal or 3_partial_refusal.
 """
 
@@ -16,7 +16,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import print_markdown, refused  # noqa: E402
+from evaluation.suites import refused  # noqa: E402
+from evaluation.tables import print_markdown  # noqa: E402
 
 COMPLIED, REFUSED, PARTLY = "1_full_compliance", "2_full_refusal", "3_partial_refusal"
 

@@ -7,7 +7,7 @@
     python benchmark/throughput.py --part toy                   # the whole default run on the toy world
 
 Workload: random Llama models of 4 layers, hidden size 256, intermediate size 512, 4 heads, vocabulary 1024; prompts of
-16 tokens, 32 response tokens, 64 responses an iteration; 64 pairs an optimizer step, responses of 8 to 32 tokens. Ours
+16 tokens, 32 response tokens, 64 responses per iteration; 64 pairs per step, responses of 8 to 32 tokens. Ours
 are whole processes of the scripts, `repo.py` with its six models, read from their own logs. The first three steps of
 every run are warm-up and do not count. Times are wall times, so give the machine nothing else to do.
 
@@ -41,9 +41,6 @@ from transformers import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import repo  # noqa: E402
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARM_UP = 3
 PHASES = ("rollout", "scoring", "update")
@@ -166,14 +163,14 @@ def step_ends(run: Path, prefix: str = "") -> list[float]:
     """When the steps of a run ended, by the clock of its TensorBoard events."""
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    name = next(tag for tag in events.Tags()["scalars"] if tag.startswith(prefix))
+    name = next(tag for tag in events.Tags()["scalars"] if tag.startswith(prefix) and tag.endswith("learning_rate"))
     return [event.wall_time for event in events.Scalars(name)]
 
 
 def ours(
     script: str, folder: Path, args: Args, batch: int = 64, new_tokens: int = 0, processes: int = 1, root=ROOT, **flags
 ) -> dict:
-    """Run a script. Returns a dictionary: episodes (pairs) a second, seconds by phase, tokens a second, memory.
+    """Run a script. Returns a dictionary: episodes (pairs) per second, seconds by phase, tokens per second, memory.
 
     new_tokens: tokens of a response, if not those of the shape.
     """
@@ -248,6 +245,13 @@ def in_turn(title: str, contestants: dict, rounds: int, record: dict) -> None:
         )
 
 
+def auto_dtype() -> torch.dtype:
+    """What --dtype auto is on this machine, by the rule in the main of the scripts."""
+    instructions = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = DEVICE.type == "cuda" or instructions.get("avx512_bf16") or instructions.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
 def machine_rates(dtype: torch.dtype) -> tuple[float, float]:
     """Measured rate of matrix products in FLOP/s, and of reading memory in bytes/s."""
 
@@ -270,8 +274,7 @@ def machine_rates(dtype: torch.dtype) -> tuple[float, float]:
 def peers(folder: Path, args: Args, record: dict) -> None:
     against = args.peer is not None
     contestants = {"repo.py, defaults, six models": lambda: ours("repo.py", folder, args)}
-    contestants |= {"repo.py, --compile": lambda: ours("repo.py", folder, args, compile=True)}
-    half = repo.compute_dtype("auto", DEVICE) != torch.float32  # where it is emulated, a run takes minutes
+    half = auto_dtype() != torch.float32  # where it is emulated, a run takes minutes
     if half:
         contestants |= {"repo.py, float32": lambda: ours("repo.py", folder, args, dtype="float32")}
     if against:
@@ -284,8 +287,6 @@ def peers(folder: Path, args: Args, record: dict) -> None:
         if args.trainer not in ("all", trainer):
             continue
         contestants = {f"{script}, defaults": lambda script=script: ours(script, folder, args)}
-        if trainer == "reward":  # in sacpo.py's one reading of its reference compiling would be counted in
-            contestants |= {f"{script}, --compile": lambda: ours("preference_models.py", folder, args, compile=True)}
         if against:
             name = {"reward": "TRL RewardTrainer", "dpo": "TRL DPOTrainer"}[trainer]
             contestants |= {
@@ -296,7 +297,7 @@ def peers(folder: Path, args: Args, record: dict) -> None:
 
 
 def processes(folder: Path, args: Args, record: dict) -> None:
-    for dtype in dict.fromkeys([str(repo.compute_dtype("auto", DEVICE)).removeprefix("torch."), "float32"]):
+    for dtype in dict.fromkeys([str(auto_dtype()).removeprefix("torch."), "float32"]):
         contestants = {}
         for count, name in ((2, "two processes"), (1, "one process, two threads")):
             for root in (ROOT, *([Path(args.against)] if args.against else [])):
@@ -338,7 +339,7 @@ def work(shape: Shape, batch: int, new: int) -> tuple[float, float]:
 def scaling(folder: Path, args: Args, record: dict) -> None:
     """Lengths 64 to 512, batches 16 to 256: phases, peak memory, and how far the machine's own rates are."""
     shape = SHAPES[args.shape]
-    dtype = repo.compute_dtype("auto", DEVICE)
+    dtype = auto_dtype()
     torch.set_num_threads(args.threads)
     products, reading = machine_rates(dtype)
     print(f"\n{dtype}: {products / 1e9:.0f} GFLOP/s of matrix products, {reading / 1e9:.1f} GB/s of reading memory\n")
@@ -365,7 +366,7 @@ def scaling(folder: Path, args: Args, record: dict) -> None:
 
 
 def draw(record: dict, path: Path) -> None:
-    """Seconds of each phase over the tokens of an iteration, beside lines of equal seconds a token."""
+    """Seconds of each phase over the tokens of an iteration, beside lines of equal seconds per token."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -4,8 +4,8 @@
     python benchmark/toy.py --part ablations       # the ablations, seeds 1 to 3: about an hour
     python benchmark/toy.py --part report          # only tables and figures, from the runs that are there
 
-A run that is finished is not run again, so a stopped command goes on where it was; a run is known by its name, so that
-after a change of a script or a setting its folder has to be removed. Needs tests/requirements.txt.
+A finished run is not run again, so a stopped command continues where it was. A run is known by its name: after a change
+of a script or a setting remove its folder. Needs tests/requirements.txt.
 """
 
 import functools
@@ -26,17 +26,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 import tyro
 from scipy.optimize import linprog
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+import build  # noqa: E402
 import measure  # noqa: E402
 import world  # noqa: E402
 
-import repo  # noqa: E402
-from evaluate import COLORS, draw_scores, save_figure  # noqa: E402
+from evaluation.figures import COLORS, draw_scores, save_figure  # noqa: E402
 
 
 class Setting(NamedTuple):
@@ -88,7 +87,7 @@ ABLATIONS = {  # name: title of the figure's axis, then label: run
          "per response, K = 1": "repo"},
     ),
     "estimator": ("--rectify", {"cost": "repo", "advantage": "repo-advantage"}),
-    "responses": ("K, responses a prompt", {"1": "repo", "2": "repo-k2", "4": "repo-k4", "8": "repo-k8"}),
+    "responses": ("K, responses per prompt", {"1": "repo", "2": "repo-k2", "4": "repo-k4", "8": "repo-k8"}),
     "strictness": (
         "d, --cost-threshold",
         {"-2.5": "repo-d-2.5", "-1": "repo-d-1.0", "0": "repo", "1": "repo-d+1.0", "2": "repo-d+2.0"},
@@ -129,13 +128,13 @@ class Args:
 
 
 def call(script: str, *words) -> None:
-    """Run a script of the project with one thread; what it printed is shown if it fails."""
-    command = [sys.executable, ROOT / f"{script}.py", *words]
-    done = subprocess.run(
-        list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    """Run a script of the project, or the package evaluation, with one thread; its output is shown if it fails."""
+    program = ["-m", script] if script == "evaluation" else [ROOT / f"{script}.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, [*program, *words])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{script}.py {' '.join(map(str, words))}\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
 
 
 def train(script: str, folder: Path, *words) -> None:
@@ -157,7 +156,7 @@ def noisy_cost_model(folder: Path, noise: float, seed: int) -> Path:
         rows = datasets.load_dataset("parquet", data_files=str(train_file), split="train")
         for column in ("is_response_0_safe", "is_response_1_safe", "safer_response_id"):
             flipped = generator.random(len(rows)) < noise
-            values = [type(v)(not v) if f else v for v, f in zip(rows[column], flipped, strict=True)]
+            values = [type(v)(not v) if f else v for v, f in zip(rows[column][:], flipped, strict=True)]
             rows = rows.remove_columns(column).add_column(column, values)
         data = folder.with_name(folder.name + ".parquet")
         data.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +183,7 @@ def answer(runs: Path, seed: int) -> None:
     models = []
     for name, (_, own_run, model) in METHODS.items():
         models.append(f"{name}={model if own_run is None else runs / f'{own_run}-{seed}' / model}")
-    call("evaluate", "score", "--models", *models, "--seed", seed, "--dtype", "float32", "--output-dir", folder)
+    call("evaluation", "score", "--models", *models, "--seed", seed, "--dtype", "float32", "--output-dir", folder)
 
 
 def execute(args: Args) -> None:
@@ -227,7 +226,7 @@ def numbers(rows: list[dict]) -> dict[str, float]:
 
 
 def of_method(args: Args, name: str) -> list[dict]:
-    """The numbers of a method, one entry a seed."""
+    """The numbers of a method, one entry per seed."""
     results = []
     for seed in args.seeds:
         path = args.runs / f"answers-{seed}" / "responses.jsonl"
@@ -237,7 +236,7 @@ def of_method(args: Args, name: str) -> list[dict]:
 
 
 def of_run(args: Args, name: str) -> list[dict]:
-    """The numbers of a run's last evaluation, one entry a seed that is finished; with the multiplier at the end."""
+    """The numbers of a run's last evaluation, one entry per finished seed; with the multiplier at the end."""
     results = []
     for seed in args.ablation_seeds:
         folder = args.runs / f"{name}-{seed}"
@@ -301,16 +300,8 @@ def scores(learned: bool) -> tuple[np.ndarray, np.ndarray]:
     if not learned:
         pairs = [(world.exact_reward(x, y), world.exact_cost(x, y)) for _, x, y in answers()]
         return np.array(pairs)[:, 0], np.array(pairs)[:, 1]
-    found = []
-    _, prompts, texts = zip(*answers(), strict=True)
-    for kind in ("reward", "cost"):
-        folder = str(ROOT / "toy" / f"{kind}_model")
-        tokenizer = repo.load_tokenizer(folder, False)
-        model = repo.load_score_model(folder, torch.float32, "", 0, False)
-        ids, mask = repo.pad(repo.encode_scored(tokenizer, prompts, texts, "{prompt}", 512), 0, "right")
-        with torch.no_grad():
-            found.append(repo.text_scores(model, ids, mask).double().numpy())
-    return tuple(found)
+    pairs = [(prompt, text) for _, prompt, text in answers()]
+    return tuple(build.score(ROOT / "toy" / f"{kind}_model", pairs) for kind in ("reward", "cost"))
 
 
 @functools.cache
@@ -470,7 +461,7 @@ def color(name: str) -> str:
 
 
 def experiment_figure(args: Args) -> None:
-    """Reward against compliance of every method with both optima; and who pays: cost by hazard."""
+    """Reward against compliance of every method with both optima; and cost by hazard."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.4), dpi=110, layout="constrained")
     for name in SHOWN:
         results = of_method(args, name)
@@ -515,7 +506,7 @@ def experiment_figure(args: Args) -> None:
     right.axhline(0, color="black", lw=1)
     right.text(2.45, 0.06, "d", ha="right", fontsize=9)
     right.set_xticks(range(3), [f"{hazard}\nprompts" for hazard in world.HAZARDS])
-    right.set(ylabel="mean exact cost", title="Who pays?")
+    right.set(ylabel="mean exact cost", title="Cost by hazard")
     right.legend(frameon=False, fontsize=8, loc="upper left")
     for axis in (left, right):
         plain(axis)
@@ -605,9 +596,7 @@ def report(args: Args) -> None:
 def main(args: Args) -> None:
     if args.part != "report":
         execute(args)
-    repo.start_processes()  # a group of one, whose rank 0 loads the score models
     report(args)
-    repo.shut_down()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python benchmark/toy_settings.py --algorithm sacpo --seeds 1
     python benchmark/toy_settings.py --settings defaults --seeds 1 2 3
 
-Runs that are finished are not run again, so a stopped command goes on where it was.
+Finished runs are not run again, so a stopped command continues where it was.
 """
 
 import json
@@ -97,15 +97,13 @@ class Args:
 
 
 def call(script: str, *words) -> None:
-    """Run a script of the project with one thread; what it said is shown if it fails."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / f"{script}.py"), *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    """Run a script of the project, or the package evaluation, with one thread; its output is shown if it fails."""
+    program = ["-m", script] if script == "evaluation" else [ROOT / f"{script}.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, [*program, *words])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
 
 
 def run(script: str, folder: Path, seed: int, flags: str) -> None:
@@ -117,7 +115,7 @@ def run(script: str, folder: Path, seed: int, flags: str) -> None:
     if script == "sacpo":
         models = [f"{stage}={folder / stage}" for stage in ("stage1", "stage2")]
         words = ["--seed", seed, "--dtype", "float32", "--output-dir", folder / "answers"]
-        call("evaluate", "score", "--models", *models, *words)
+        call("evaluation", "score", "--models", *models, *words)
 
 
 def of_stages(folder: Path) -> dict[str, dict]:

@@ -339,7 +339,7 @@ def accuracies(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, float]:
 
 
 def report_scores(folder: Path, seed: int) -> None:
-    """Print a table of `accuracies` on held-out prompts, a row a kind of answer."""
+    """Print a table of `accuracies` on held-out prompts, one row per kind of answer."""
     rows = pq.read_table(folder / "data" / "test.parquet").to_pylist()
     kinds = {"test.parquet": [(row["prompt"], row[f"response_{i}"]) for row in rows for i in (0, 1)]}
     print(f"{'answers to held-out prompts':<31} {'number':>6}   sign  unsafe_missed  cost_r   order  reward_r")

@@ -2,7 +2,7 @@
 
     python toy/measure.py runs/repo-1 [runs/repo-2 ...]
 
-Each RUN/eval.jsonl holds one object an answer: iteration (0 = before training, the largest = after), prompt, response,
+Each RUN/eval.jsonl holds one object per answer: iteration (0 = before training, the largest = after), prompt, response,
 and reward and cost as the learned score models see them. The table goes to standard output and the numbers of each run
 to RUN/exact.json; for several runs the mean with its 95% interval (Student's t over runs) follows.
 """

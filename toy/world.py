@@ -6,7 +6,7 @@ An answer is a row of sentences, of which the world reads three numbers:
 
     n  how many DISTINCT useful steps of the prompt's verb it gives
     w  1 if its FIRST sentence is a warning, else 0
-    m  how many of its sentences help nobody: small talk, refusals, repeated steps, steps of another verb, warnings
+    m  how many of its sentences do not help: small talk, refusals, repeated steps, steps of another verb, warnings
        that are repeated or come late, broken or unfinished text; an empty answer counts as one such sentence
 
     reward  R = n - 0.3 w - m
@@ -75,7 +75,7 @@ SENTENCES = (*VERB_OF_STEP, *WARNINGS, *REFUSALS, *FILLERS)
 PROMPT = "How do I {verb} the {object}?"
 PROMPT_PATTERN = re.compile(r"How do I (\w+) the (\w+)\?")
 
-WARNING_PRICE, USELESS_PRICE = 0.3, 1.0  # what the reward takes off for an opening warning, for a useless sentence
+WARNING_PENALTY, USELESS_PENALTY = 0.3, 1.0  # what the reward takes off for an opening warning, for a useless sentence
 COST_OFFSET = 1.5  # safe are at most one uncovered step of a delicate object and none of a dangerous one
 MAX_STEPS = 4
 
@@ -161,7 +161,7 @@ def read(prompt: str, response: str) -> Reading:
 
 def reward_of(reading: Reading) -> float:
     """R = n - 0.3 w - m."""
-    return reading.steps - WARNING_PRICE * reading.warned - USELESS_PRICE * reading.useless
+    return reading.steps - WARNING_PENALTY * reading.warned - USELESS_PENALTY * reading.useless
 
 
 def cost_of(reading: Reading) -> float:
@@ -237,7 +237,7 @@ def per_response_optimum(prompts: list[str], threshold: float = 0.0) -> Optimum:
 def expected_constraint_optimum(prompts: list[str], threshold: float = 0.0) -> Optimum:
     """Maximise E[R] under E[C] <= threshold: a linear programme over one distribution on answers for each hazard.
 
-    Its optimum is a whole face (on dangerous prompts each further step buys the same reward for the same cost), and
+    Its optimum is a whole face (on dangerous prompts each further step has the same reward and the same cost), and
     policies on that face differ in compliance. Two more programmes, which hold reward and cost at their optimum, find
     the lowest and the highest compliance; the policy returned is the one of lowest compliance. Needs scipy.
     """

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import tyro
+from torch import Tensor
 
 torch.set_default_dtype(torch.float64)
 
@@ -22,18 +23,14 @@ LENGTH = 4
 class Args:
     """Three prompts, and a table of logits for a policy."""
 
-    seed: int = 1
-    """seeds the responses"""
-    iterations: int = 400
-    """batches of responses"""
-    responses_per_prompt: int = 32
-    """K, responses sampled for each prompt in an iteration"""
-    learning_rate: float = 0.05
-    """Adam's, of every table"""
+    seed: int = 1  # seeds the responses
+    iterations: int = 400  # batches of responses
+    responses_per_prompt: int = 32  # K, responses sampled for each prompt in an iteration
+    learning_rate: float = 0.05  # Adam's, of every table
 
 
 # ---- The world: what a response is worth, known exactly
-def score(tokens: torch.Tensor, hazards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def score(tokens: Tensor, hazards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards and costs [batch] and response mask [batch, response] of tokens [batch, response]; hazards: [batch]."""
     ends = (tokens == EOS).long()
     mask = (ends.cumsum(1) - ends == 0).long()  # no EOS before this token
@@ -41,7 +38,7 @@ def score(tokens: torch.Tensor, hazards: torch.Tensor) -> tuple[torch.Tensor, to
     return (steps - talk).double(), hazards * steps - 2.5, mask
 
 
-def evaluate(policy: torch.Tensor) -> None:
+def evaluate(policy: Tensor) -> None:
     """Print the exact means of a policy: all responses there are, weighted by their probability."""
     every = torch.cartesian_prod(*[torch.arange(3)] * LENGTH)  # [3^LENGTH, LENGTH]
     print(f"{'':<10}{'reward':>8}{'cost':>8}{'safe':>8}")
@@ -55,14 +52,15 @@ def evaluate(policy: torch.Tensor) -> None:
 
 
 # ---- The algorithm
-def policy_loss(logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """The policy gradient (REINFORCE) as a loss of each token, [batch, response]: its gradient is -A ∇log π."""
+def policy_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """The policy gradient (REINFORCE) as a loss per token, [batch, response]: its gradient is -A ∇log π."""
     return -logprobs * advantages
 
 
 def main(args: Args) -> None:
     generator = torch.Generator().manual_seed(args.seed)
-    prompts = torch.arange(len(HAZARDS)).repeat_interleave(args.responses_per_prompt)  # [batch]
+    k = args.responses_per_prompt
+    prompts = torch.arange(len(HAZARDS)).repeat_interleave(k)  # [batch]
     hazards = torch.tensor(list(HAZARDS.values()))[prompts]
     policy = torch.zeros(len(HAZARDS), LENGTH, 3, requires_grad=True)  # logits of the next token
     optimizer = torch.optim.Adam([policy], lr=args.learning_rate)
@@ -74,7 +72,7 @@ def main(args: Args) -> None:
         rewards, _, response_mask = score(tokens, hazards)
 
         # One step along the policy gradient
-        advantages = (rewards - rewards.mean())[:, None]  # [batch, 1]: every token of a response earns the same
+        advantages = (rewards - rewards.mean())[:, None]  # [batch, 1]: the same for every token of a response
         logprobs = policy[prompts].log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)  # [batch, response]
         loss = (policy_loss(logprobs, advantages) * response_mask).sum() / response_mask.sum()
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Step 2: PPO, several updates a batch within a clip range, a critic, and a penalty for leaving the reference.
+"""Step 2: PPO, several updates per batch within a clip range, a critic, and a penalty for leaving the reference.
 
     J(θ) = E_x E_y [R(x, y)] - β KL(π_θ ‖ π_ref)
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import Tensor
 
 torch.set_default_dtype(torch.float64)
 
@@ -23,28 +24,19 @@ LENGTH = 4
 class Args:
     """Three prompts, and a table of logits for a policy."""
 
-    seed: int = 1
-    """seeds the responses"""
-    iterations: int = 400
-    """batches of responses"""
-    responses_per_prompt: int = 32
-    """K, responses sampled for each prompt in an iteration"""
-    learning_rate: float = 0.05
-    """Adam's, of every table"""
-    update_epochs: int = 4
-    """updates on one batch"""
-    kl_coef: float = 0.05
-    """β, weight of the KL divergence from the reference"""
-    gae_lambda: float = 0.95
-    """λ_GAE, bias-variance trade-off of the advantages"""
-    clip_coef: float = 0.2
-    """clip range of the probability ratio"""
-    value_clip_coef: float = 5.0
-    """clip range of a value's change within an iteration"""
+    seed: int = 1  # seeds the responses
+    iterations: int = 400  # batches of responses
+    responses_per_prompt: int = 32  # K, responses sampled for each prompt in an iteration
+    learning_rate: float = 0.05  # Adam's, of every table
+    update_epochs: int = 4  # updates on one batch
+    kl_coef: float = 0.05  # β, weight of the KL divergence from the reference
+    gae_lambda: float = 0.95  # λ_GAE, bias-variance trade-off of the advantages
+    clip_coef: float = 0.2  # clip range of the probability ratio
+    value_clip_coef: float = 5.0  # clip range of a value's change within an iteration
 
 
 # ---- The world: what a response is worth, known exactly
-def score(tokens: torch.Tensor, hazards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def score(tokens: Tensor, hazards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards and costs [batch] and response mask [batch, response] of tokens [batch, response]; hazards: [batch]."""
     ends = (tokens == EOS).long()
     mask = (ends.cumsum(1) - ends == 0).long()  # no EOS before this token
@@ -52,7 +44,7 @@ def score(tokens: torch.Tensor, hazards: torch.Tensor) -> tuple[torch.Tensor, to
     return (steps - talk).double(), hazards * steps - 2.5, mask
 
 
-def evaluate(policy: torch.Tensor) -> None:
+def evaluate(policy: Tensor) -> None:
     """Print the exact means of a policy: all responses there are, weighted by their probability."""
     every = torch.cartesian_prod(*[torch.arange(3)] * LENGTH)  # [3^LENGTH, LENGTH]
     print(f"{'':<10}{'reward':>8}{'cost':>8}{'safe':>8}")
@@ -66,29 +58,25 @@ def evaluate(policy: torch.Tensor) -> None:
 
 
 # ---- The algorithm
-def token_signal(
-    terminal: torch.Tensor, log_ratio: torch.Tensor, response_mask: torch.Tensor, kl_weight: float
-) -> torch.Tensor:
+def token_signal(terminal: Tensor, log_ratio: Tensor, response_mask: Tensor, kl_weight: float) -> Tensor:
     """A score at the last token plus the KL penalty at every token, their sum clamped to ±50; [batch, response].
 
     terminal: [batch]; log_ratio: log π_old - log π_ref of the response tokens, [batch, response].
-    kl_weight: -β for rewards, +β for costs.
+    kl_weight: -β for rewards, +β for costs; (R - λ C) / (1 + λ) then has the weight -β whatever λ is.
     """
     last = response_mask.sum(1, keepdim=True) - 1
     signal = (kl_weight * log_ratio).scatter_add(1, last, terminal[:, None])
     return signal.clamp(-50, 50) * response_mask
 
 
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, response_mask: torch.Tensor, gae_lambda: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation with γ = 1 (arXiv 1506.02438). Returns advantages and returns.
 
     All [batch, response]; values[:, t] is the estimate BEFORE token t, and the return after the last token is zero.
     """
     rewards, values = rewards * response_mask, values * response_mask
-    following = F.pad(values[:, 1:], (0, 1))
-    deltas = rewards + following - values
+    next_values = F.pad(values[:, 1:], (0, 1))
+    deltas = rewards + next_values - values
     advantages = torch.zeros_like(values)
     running = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -97,23 +85,22 @@ def gae(
     return advantages, advantages + values
 
 
-def policy_loss(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip_coef: float
-) -> torch.Tensor:
-    """PPO's clipped surrogate (arXiv 1707.06347), as a loss of each token, [batch, response]."""
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+    """PPO's clipped surrogate (arXiv 1707.06347) as a loss per token, [batch, response]."""
     ratio = (logprobs - old_logprobs).exp()
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float) -> torch.Tensor:
-    """Squared error of the values, clipped like the policy, as a loss of each token, [batch, response]."""
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
+    """Half the squared error, with the value's change clipped as in OpenAI's PPO code; per token, [batch, response]."""
     clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def main(args: Args) -> None:
     generator = torch.Generator().manual_seed(args.seed)
-    prompts = torch.arange(len(HAZARDS)).repeat_interleave(args.responses_per_prompt)  # [batch]
+    k = args.responses_per_prompt
+    prompts = torch.arange(len(HAZARDS)).repeat_interleave(k)  # [batch]
     hazards = torch.tensor(list(HAZARDS.values()))[prompts]
     policy = torch.zeros(len(HAZARDS), LENGTH, 3, requires_grad=True)  # logits of the next token
     ref_policy = policy.detach().clone()
@@ -129,7 +116,7 @@ def main(args: Args) -> None:
         for epoch in range(args.update_epochs):
             logprobs = policy[prompts].log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)  # [batch, response]
             reward_values = reward_critic[prompts]
-            if epoch == 0:  # what the models said of the responses as they were sampled
+            if epoch == 0:  # the models have not moved yet, so this pass also gives the old values
                 old_logprobs, old_reward_values = logprobs.detach(), reward_values.detach()
                 ref_logprobs = ref_policy[prompts].log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
                 log_ratio = old_logprobs - ref_logprobs  # k_t of the KL penalty

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import Tensor
 
 torch.set_default_dtype(torch.float64)
 
@@ -26,40 +27,25 @@ LENGTH = 4
 class Args:
     """Three prompts, and a table of logits for a policy."""
 
-    seed: int = 1
-    """seeds the responses"""
-    iterations: int = 400
-    """batches of responses"""
-    responses_per_prompt: int = 32
-    """K, responses sampled for each prompt in an iteration"""
-    learning_rate: float = 0.05
-    """Adam's, of every table"""
-    update_epochs: int = 4
-    """updates on one batch"""
-    kl_coef: float = 0.05
-    """β, weight of the KL divergence from the reference"""
-    gae_lambda: float = 0.95
-    """λ_GAE, bias-variance trade-off of the advantages"""
-    clip_coef: float = 0.2
-    """clip range of the probability ratio"""
-    value_clip_coef: float = 5.0
-    """clip range of a value's change within an iteration"""
-    cost_threshold: float = 0.0
-    """d, the cost up to which a response is safe"""
-    lambda_init: float = 1.0
-    """initial multiplier; 0 stays 0"""
-    lambda_lr: float = 0.02
-    """η_λ, step size of the multiplier; 0 keeps it fixed"""
-    lambda_max: float = 20.0
-    """upper bound of the multiplier"""
-    constraint: Literal["response", "prompt"] = "response"
-    """what must not exceed d: every response's cost, or the mean cost of a prompt's responses"""
-    rectify: Literal["cost", "advantage"] = "cost"
-    """estimator: the cost critic learns the rectified cost, or cost advantages enter only where violated"""
+    seed: int = 1  # seeds the responses
+    iterations: int = 400  # batches of responses
+    responses_per_prompt: int = 32  # K, responses sampled for each prompt in an iteration
+    learning_rate: float = 0.05  # Adam's, of every table
+    update_epochs: int = 4  # updates on one batch
+    kl_coef: float = 0.05  # β, weight of the KL divergence from the reference
+    gae_lambda: float = 0.95  # λ_GAE, bias-variance trade-off of the advantages
+    clip_coef: float = 0.2  # clip range of the probability ratio
+    value_clip_coef: float = 5.0  # clip range of a value's change within an iteration
+    cost_threshold: float = 0.0  # d, the cost up to which a response is safe
+    lambda_init: float = 1.0  # initial multiplier; 0 stays 0
+    lambda_lr: float = 0.02  # η_λ, step size of the multiplier; 0 keeps it fixed
+    lambda_max: float = 20.0  # upper bound of the multiplier
+    constraint: Literal["response", "prompt"] = "response"  # what must not exceed d: each cost, or a prompt's mean cost
+    rectify: Literal["cost", "advantage"] = "cost"  # rectify what the cost critic learns, or the cost advantages
 
 
 # ---- The world: what a response is worth, known exactly
-def score(tokens: torch.Tensor, hazards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def score(tokens: Tensor, hazards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards and costs [batch] and response mask [batch, response] of tokens [batch, response]; hazards: [batch]."""
     ends = (tokens == EOS).long()
     mask = (ends.cumsum(1) - ends == 0).long()  # no EOS before this token
@@ -67,7 +53,7 @@ def score(tokens: torch.Tensor, hazards: torch.Tensor) -> tuple[torch.Tensor, to
     return (steps - talk).double(), hazards * steps - 2.5, mask
 
 
-def evaluate(policy: torch.Tensor) -> None:
+def evaluate(policy: Tensor) -> None:
     """Print the exact means of a policy: all responses there are, weighted by their probability."""
     every = torch.cartesian_prod(*[torch.arange(3)] * LENGTH)  # [3^LENGTH, LENGTH]
     print(f"{'':<10}{'reward':>8}{'cost':>8}{'safe':>8}")
@@ -82,30 +68,28 @@ def evaluate(policy: torch.Tensor) -> None:
 
 # ---- The algorithm
 def rectify(
-    costs: torch.Tensor, threshold: float, constraint: str, estimator: str, responses_per_prompt: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What becomes of the costs C(x, y), [batch]; the K = responses_per_prompt responses of a prompt are neighbours.
+    costs: Tensor, threshold: float, constraint: str, estimator: str, responses_per_prompt: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rectify the costs C(x, y), [batch]. The K = responses_per_prompt responses of a prompt are adjacent.
 
-    Returns the terminal costs that the cost critic learns [batch], how much of λ each response feels [batch], and the
-    rectified excesses whose mean moves λ, [batch] (one a response) or [batch / K] (one a prompt).
+    Returns the terminal costs that the cost critic learns [batch], a mask of the responses to which λ applies [batch],
+    and the rectified excesses whose mean moves λ: [batch], or [batch / K] for the constraint per prompt.
     """
-    excess = averaged = judged = costs - threshold  # C(x, y) - d
+    excess = prompt_excess = judged_by = costs - threshold  # C(x, y) - d
     if constraint == "prompt" and responses_per_prompt > 1:
         groups = excess.view(-1, responses_per_prompt)
-        averaged = groups.mean(1)  # E_y C(x, y) - d
-        # A prompt is judged by its OTHER responses, which keeps the gradient along ∇E_y[C]: with its own cost in the
-        # mean, a very safe answer that ends the violation would earn less than a mildly safe one.
-        judged = ((groups.sum(1, keepdim=True) - groups) / (responses_per_prompt - 1)).flatten()
-    violated = judged > 0
-    if estimator == "cost":  # the critic learns the rectified cost; every response feels the same λ
-        return torch.where(violated, excess, 0.0), torch.ones_like(excess), F.relu(averaged)
-    return excess, violated.to(excess.dtype), F.relu(averaged)  # the critic learns C - d; a safe response feels no λ
+        prompt_excess = groups.mean(1)  # E_y C(x, y) - d
+        # Each response is judged by the OTHER responses, which keeps the gradient along ∇E_y[C]. With its own cost in
+        # the mean, a very safe response that ends the violation would earn less than a mildly safe one.
+        judged_by = ((groups.sum(1, keepdim=True) - groups) / (responses_per_prompt - 1)).flatten()
+    violated = judged_by > 0
+    if estimator == "cost":  # the critic learns the rectified cost; the same λ applies to every response
+        return torch.where(violated, excess, 0.0), torch.ones_like(excess), F.relu(prompt_excess)
+    return excess, violated.to(excess.dtype), F.relu(prompt_excess)  # the critic learns C - d; λ = 0 where not violated
 
 
-def combine_advantages(
-    reward_advantages: torch.Tensor, cost_advantages: torch.Tensor, multiplier: torch.Tensor | float
-) -> torch.Tensor:
-    """The Lagrangian's advantage, [batch, response]; multiplier: λ, or one of each response, [batch, 1]."""
+def combine_advantages(reward_advantages: Tensor, cost_advantages: Tensor, multiplier: Tensor | float) -> Tensor:
+    """Advantage of the Lagrangian, [batch, response]; multiplier: λ, or one per response, [batch, 1]."""
     return (reward_advantages - multiplier * cost_advantages) / (1 + multiplier)
 
 
@@ -114,29 +98,25 @@ def update_multiplier(multiplier: float, learning_rate: float, excess: float, ma
     return min(multiplier * math.exp(min(learning_rate * multiplier * excess, 50.0)), maximum)
 
 
-def token_signal(
-    terminal: torch.Tensor, log_ratio: torch.Tensor, response_mask: torch.Tensor, kl_weight: float
-) -> torch.Tensor:
+def token_signal(terminal: Tensor, log_ratio: Tensor, response_mask: Tensor, kl_weight: float) -> Tensor:
     """A score at the last token plus the KL penalty at every token, their sum clamped to ±50; [batch, response].
 
     terminal: [batch]; log_ratio: log π_old - log π_ref of the response tokens, [batch, response].
-    kl_weight: -β for rewards, +β for costs.
+    kl_weight: -β for rewards, +β for costs; (R - λ C) / (1 + λ) then has the weight -β whatever λ is.
     """
     last = response_mask.sum(1, keepdim=True) - 1
     signal = (kl_weight * log_ratio).scatter_add(1, last, terminal[:, None])
     return signal.clamp(-50, 50) * response_mask
 
 
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, response_mask: torch.Tensor, gae_lambda: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation with γ = 1 (arXiv 1506.02438). Returns advantages and returns.
 
     All [batch, response]; values[:, t] is the estimate BEFORE token t, and the return after the last token is zero.
     """
     rewards, values = rewards * response_mask, values * response_mask
-    following = F.pad(values[:, 1:], (0, 1))
-    deltas = rewards + following - values
+    next_values = F.pad(values[:, 1:], (0, 1))
+    deltas = rewards + next_values - values
     advantages = torch.zeros_like(values)
     running = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -145,23 +125,22 @@ def gae(
     return advantages, advantages + values
 
 
-def policy_loss(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip_coef: float
-) -> torch.Tensor:
-    """PPO's clipped surrogate (arXiv 1707.06347), as a loss of each token, [batch, response]."""
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+    """PPO's clipped surrogate (arXiv 1707.06347) as a loss per token, [batch, response]."""
     ratio = (logprobs - old_logprobs).exp()
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float) -> torch.Tensor:
-    """Squared error of the values, clipped like the policy, as a loss of each token, [batch, response]."""
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
+    """Half the squared error, with the value's change clipped as in OpenAI's PPO code; per token, [batch, response]."""
     clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def main(args: Args) -> None:
     generator = torch.Generator().manual_seed(args.seed)
-    prompts = torch.arange(len(HAZARDS)).repeat_interleave(args.responses_per_prompt)  # [batch]
+    k = args.responses_per_prompt
+    prompts = torch.arange(len(HAZARDS)).repeat_interleave(k)  # [batch]
     hazards = torch.tensor(list(HAZARDS.values()))[prompts]
     policy = torch.zeros(len(HAZARDS), LENGTH, 3, requires_grad=True)  # logits of the next token
     ref_policy = policy.detach().clone()
@@ -177,15 +156,13 @@ def main(args: Args) -> None:
         rewards, costs, response_mask = score(tokens, hazards)
 
         # The constraint; the multiplier, before the policy moves
-        terminal_costs, weights, excess = rectify(
-            costs, args.cost_threshold, args.constraint, args.rectify, args.responses_per_prompt
-        )
+        terminal_costs, lambda_mask, excess = rectify(costs, args.cost_threshold, args.constraint, args.rectify, k)
         multiplier = update_multiplier(multiplier, args.lambda_lr, excess.mean().item(), args.lambda_max)
 
         for epoch in range(args.update_epochs):
             logprobs = policy[prompts].log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)  # [batch, response]
             reward_values, cost_values = reward_critic[prompts], cost_critic[prompts]
-            if epoch == 0:  # what the models said of the responses as they were sampled
+            if epoch == 0:  # the models have not moved yet, so this pass also gives the old values
                 old_logprobs, old_reward_values = logprobs.detach(), reward_values.detach()
                 old_cost_values = cost_values.detach()
                 ref_logprobs = ref_policy[prompts].log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
@@ -196,7 +173,7 @@ def main(args: Args) -> None:
                     token_rewards, old_reward_values, response_mask, args.gae_lambda
                 )
                 cost_advantages, cost_returns = gae(token_costs, old_cost_values, response_mask, args.gae_lambda)
-                advantages = combine_advantages(reward_advantages, cost_advantages, multiplier * weights[:, None])
+                advantages = combine_advantages(reward_advantages, cost_advantages, multiplier * lambda_mask[:, None])
             loss = policy_loss(logprobs, old_logprobs, advantages, args.clip_coef)
             loss = loss + value_loss(reward_values, old_reward_values, reward_returns, args.value_clip_coef)
             loss = loss + value_loss(cost_values, old_cost_values, cost_returns, args.value_clip_coef)
