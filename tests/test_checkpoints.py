@@ -164,7 +164,10 @@ def plain_scores(model) -> torch.Tensor:
 
 @torch.no_grad()
 def scores_in_a_batch(model) -> torch.Tensor:
-    return repo.text_scores(model, *repo.pad(TOKENIZER, TEXTS, "right", "cpu"))
+    """Scores of padded texts, the same with padding on either side."""
+    left, right = (repo.text_scores(model, *repo.pad(TOKENIZER, TEXTS, side, "cpu")) for side in ("left", "right"))
+    close(left, right)
+    return right
 
 
 def check_saved_scores(folder: Path, plain, processes) -> None:

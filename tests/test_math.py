@@ -128,6 +128,8 @@ def test_samples_follow_the_tempered_softmax():
     for temperature in (0.5, 1.0, 2.0):
         shares = torch.bincount(draw(logits, grid, temperature).flatten(), minlength=6) / count
         close(shares, (logits.double() / temperature).softmax(0), rtol=0, atol=1.01 / count)
+    shares = torch.bincount(draw(logits.bfloat16(), grid).flatten(), minlength=6) / count  # summed in float64
+    close(shares, logits.bfloat16().double().softmax(0), rtol=0, atol=1.01 / count)
     # The ends of the unit interval draw possible tokens, and each token uses its own uniform number.
     ends = torch.tensor([[0.0], [torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()]])
     assert draw([-math.inf, 1.0, -math.inf, 0.0, -math.inf], ends).tolist() == [[1], [3]]

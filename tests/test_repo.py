@@ -94,6 +94,32 @@ def test_every_response_has_random_numbers_of_its_own(run, tmp_path):
     assert rows.shape == (5 + 48, 16) and len(rows.unique(dim=0)) == len(rows)
     summary = read_summary(tmp_path / "run")
     assert summary["before"] == summary["after"]  # nothing was learnt
+    first, second = drawn[:2]
+    drawn.clear()
+    with changed(repo, sample_responses=record):
+        assert run(repo, output_dir=tmp_path / "other", **flags | dict(seed=2, total_episodes=16)).code == 0
+    assert not torch.equal(drawn[0], first) and not torch.equal(drawn[1], second)
+
+
+def test_each_iteration_takes_other_supervised_texts(run, tmp_path):
+    rows = [{"prompt": f"{word}?", "response": word} for word in tiny.WORDS[:40]]
+    data, taken, ptx_backward = tiny.write_rows(tmp_path / "ptx.jsonl", rows), [], repo.ptx_backward
+
+    def record(args, policy, tokenizer, texts):
+        taken.extend(tuple(ids) for ids, _ in texts)
+        return ptx_backward(args, policy, tokenizer, texts)
+
+    with changed(repo, ptx_backward=record):
+        assert run(repo, output_dir=tmp_path / "run", ptx_dataset=data, total_episodes=32).code == 0
+    assert len(taken) == len(set(taken)) == 32
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("learning_rate", "inf"), ("lambda_init", -1), ("temperature", 0), ("kl_coef", "nan")]
+)
+def test_numbers_that_make_no_sense(run, tmp_path, flag, value):
+    outcome = run(repo, output_dir=tmp_path / "run", **{flag: value})
+    assert outcome.code == 2 and len(outcome.errors) == 1 and not (tmp_path / "run" / "model").exists()
 
 
 def test_warm_up_and_bfloat16(run, files, tmp_path):
@@ -181,6 +207,7 @@ def sample(folder, processes, prompts=MANY, uniforms=None):
 def count_ended(responses, prompts, tokenizer, eos_ids):
     """Check the masks of Responses, response by response; returns how many ended."""
     length = responses.response_mask.shape[1]
+    assert responses.response_mask[:, -1].any()  # sampling stops when all responses have ended
     for row, prompt in enumerate(tokenizer(prompts)["input_ids"]):
         tokens = responses.sequences[row, -length:].tolist()
         end = next((t for t, token in enumerate(tokens) if token in eos_ids), None)
@@ -199,6 +226,10 @@ def test_a_response_keeps_its_eos_and_masks_what_follows(files, processes, tmp_p
     responses, tokenizer = sample(files.policy, processes)
     ended = count_ended(responses, MANY, tokenizer, {1})
     assert 0 < ended < len(MANY)
+    uniforms = torch.rand(len(MANY), 16, generator=torch.Generator().manual_seed(0))[responses.finished]
+    prompts = [prompt for prompt, finished in zip(MANY, responses.finished, strict=True) if finished]
+    responses, _ = sample(files.policy, processes, prompts, uniforms)  # the longest ends in the last column
+    assert count_ended(responses, prompts, tokenizer, {1}) == ended
     folder = tiny.copy_model(files.policy, tmp_path / "several")
     tiny.edit_json(folder / "generation_config.json", eos_token_id=[1, 20, 30])
     assert count_ended(sample(folder, processes)[0], MANY, tokenizer, {1, 20, 30}) > ended

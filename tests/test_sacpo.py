@@ -117,6 +117,15 @@ def test_z_0_is_the_mean_log_ratio_cut_at_zero(run, tmp_path, shift):
     assert (first["z_0"], first["loss"]) == pytest.approx((z_0, sum(values) / 2), abs=1e-5)
 
 
+def test_mismatched_texts_take_the_next_other_prompt():
+    ids = [([4], [7, 8, 9]), ([4], [9])]
+    pairs = [{"prompt": prompt, "ids": [([i], y) for _, y in ids]} for i, prompt in enumerate("aab")]
+    crossed = sacpo.mismatch(pairs, 3)
+    assert [pair["prompt"] for pair in crossed] == ["b", "b", "a"]
+    assert crossed[0]["ids"] == [([2], [7, 8]), ([2], [9])]  # up to three tokens
+    assert sacpo.mismatch(pairs[:2], 3) == []
+
+
 ORDERS = {
     "helpful first": dict(stages=["helpful", "safe"], loss=["dpo", "kto"], merge_q=[0, 0.25, 1]),
     "safe first": dict(stages=["safe", "helpful"], loss=["dpo", "kto"], merge_q=[0.5]),
