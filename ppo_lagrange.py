@@ -28,17 +28,18 @@ Without flags it runs on the embedded toy world: on a laptop, offline, in about 
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ...     # on each node
 """
 
-import datetime
 import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -51,8 +52,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
@@ -82,6 +82,7 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     cpu_offload: bool = False  # keep the frozen models (reference, reward, cost) in CPU memory while they are idle
     dataset: str = str(TOY / "data" / "train.parquet")  # training prompts: jsonl, json, csv, parquet, folder or Hub id
+    dataset_config: str | None = None  # configuration (subset) of --dataset and --eval-dataset, such as a Hub id has
     dataset_split: str = "train"  # split of the training prompts, or a slice such as train[:1000]
     eval_dataset: str = str(TOY / "data" / "test.parquet")  # held-out prompts
     eval_split: str = "test"  # split of the held-out prompts
@@ -134,8 +135,7 @@ def token_signal(terminal: Tensor, log_ratio: Tensor, response_mask: Tensor, kl_
     """A score at the last token plus the KL penalty at every token, their sum clamped to ±50; [batch, response].
 
     terminal: [batch]; log_ratio: log π_old - log π_ref of the response tokens, [batch, response].
-    kl_weight: -β for rewards, +β for costs; (R - λ C) / (1 + λ) then has the weight -β whatever λ is.
-    """
+    kl_weight: -β for rewards, +β for costs; (R - λ C) / (1 + λ) then has the weight -β whatever λ is."""
     last = response_mask.sum(1, keepdim=True) - 1
     signal = (kl_weight * log_ratio).scatter_add(1, last, terminal[:, None])
     return signal.clamp(-50, 50) * response_mask
@@ -144,8 +144,7 @@ def token_signal(terminal: Tensor, log_ratio: Tensor, response_mask: Tensor, kl_
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation with γ = 1 (arXiv 1506.02438). Returns advantages and returns.
 
-    All [batch, response]; values[:, t] is the estimate BEFORE token t, and the return after the last token is zero.
-    """
+    All [batch, response]; values[:, t] is the estimate BEFORE token t, and the return after the last token is zero."""
     rewards, values = rewards * response_mask, values * response_mask
     next_values = F.pad(values[:, 1:], (0, 1))
     deltas = rewards + next_values - values
@@ -179,6 +178,7 @@ class Responses:
     response_mask: Tensor  # [batch, response], 1 up to and including EOS
     finished: Tensor  # [batch], whether the response ends in EOS (otherwise max_new_tokens cut it)
     texts: list[str]  # the responses without special tokens
+    scored: Tensor  # sequences as score models were trained: a finished response ends in the tokenizer's end_id
 
 
 @torch.no_grad()
@@ -186,20 +186,25 @@ def sample_responses(policy, tokenizer, prompts: list[list[int]], uniforms: Tens
     """Sample a response to each prompt (token ids), token by token with a cache; uniforms: [batch, max_new_tokens].
 
     Token t of response b is the inverse of its cumulative distribution at uniforms[b, t]. A response therefore depends
-    on the seed, the iteration and its place in the global batch, not on how the batch is split over processes.
-    """
+    on the seed, the iteration and its place in the global batch, not on how the batch is split over processes."""
     sequences, attention_mask = pad(tokenizer, prompts, "left", policy.device)
-    prompt_length, tokens, cache, device = sequences.shape[1], sequences, None, policy.device
-    configured = policy.generation_config.eos_token_id  # one, several or none
-    eos_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    end_ids = torch.tensor(sorted(eos_ids), device=device)
+    prompt_length, tokens, cache, device = sequences.shape[1], sequences, {}, policy.device
+    ends = policy.generation_config.eos_token_id  # one, several or none
+    ends = {tokenizer.eos_token_id, tokenizer.end_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    policy.generation_config.eos_token_id = sorted(ends)  # the trained model ends where it was trained to end
+    end_ids = torch.tensor(sorted(ends), device=device)
     running = torch.ones(len(sequences), 1, dtype=torch.long, device=device)  # 1 until EOS was sampled
     policy.set_reshard_after_forward(False)  # each rank keeps the whole policy: no gathering or waiting at each token
     for points in uniforms.double().to(device).split(1, dim=1):  # [batch, 1]
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        inputs = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache)
+        inputs = dict(attention_mask=attention_mask, position_ids=position_ids, **cache)
+        if "cache_params" in cache:  # a state-space model would apply the prompt's mask to the new token
+            del inputs["attention_mask"]
         output = policy(input_ids=tokens, use_cache=True, logits_to_keep=1, **inputs)
-        cache, logits = output.past_key_values, output.logits[:, -1]  # [batch, vocabulary]
+        cache = {name: output[name] for name in ("past_key_values", "cache_params") if name in output}
+        logits = output.logits[:, -1, : policy.vocabulary]  # [batch, vocabulary]
+        if not cache:
+            raise UserError(f"a {policy.config.model_type} model gives no cache to sample with; take another --model")
         if logits.isnan().sum() > 0:
             raise UserError("the policy's logits are not finite; look at --model, or lower --learning-rate")
         cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
@@ -210,23 +215,31 @@ def sample_responses(policy, tokenizer, prompts: list[list[int]], uniforms: Tens
         if not running.any():
             break
     policy.set_reshard_after_forward(True)
-    policy.set_reshard_after_forward(False, recurse=False)  # FSDP2's default for the root
-    reshard(policy)
-    response_mask = attention_mask[:, prompt_length:]
-    rows = zip(sequences[:, prompt_length:].tolist(), response_mask.sum(1).tolist(), strict=True)
-    texts = tokenizer.batch_decode([row[:count] for row, count in rows], skip_special_tokens=True)
-    return Responses(sequences, attention_mask, response_mask, running[:, 0] == 0, texts)
+    for unit in (module for module in policy.modules() if isinstance(module, FSDPModule)):
+        unit.reshard()
+    tokens, response_mask = sequences[:, prompt_length:], attention_mask[:, prompt_length:]  # [batch, response]
+    ended = torch.where(torch.isin(tokens, end_ids), tokenizer.end_id, tokens)
+    scored = torch.cat([sequences[:, :prompt_length], ended], 1)
+    # Decoded together with the token before them: some tokenizers drop the space before the first token of a text.
+    counts = response_mask.sum(1).tolist()
+    rows = [row[prompt_length - 1 : prompt_length + n] for row, n in zip(sequences.tolist(), counts, strict=True)]
+    heads, texts = (
+        tokenizer.batch_decode(part, skip_special_tokens=True) for part in ([row[:1] for row in rows], rows)
+    )
+    texts = [text.removeprefix(head) for text, head in zip(texts, heads, strict=True)]
+    return Responses(sequences, attention_mask, response_mask, running[:, 0] == 0, texts, scored)
 
 
 def response_logprobs(policy, ids: Tensor, mask: Tensor, length: int, temperature: float) -> Tensor:
     """Log-probabilities of the last `length` tokens under the tempered distribution, [batch, length]."""
     inputs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False)
-    logits = policy(input_ids=ids, logits_to_keep=length + 1, **inputs).logits[:, :-1]  # [batch, length, vocabulary]
+    logits = policy(input_ids=ids, logits_to_keep=length + 1, **inputs).logits[:, :-1, : policy.vocabulary]
     # A few positions at a time, recomputed in the backward pass: float32 logits of a whole batch would take gigabytes.
     # On a CPU, smaller chunks are fastest because they stay in its cache.
     step = max(1, (2**24 if logits.is_cuda else 2**20) // (logits.shape[0] * logits.shape[2]))
     chunks = zip(logits.split(step, 1), ids[:, -length:].split(step, 1), strict=True)
-    return torch.cat([checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks], 1)
+    parts = [checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks]
+    return torch.cat(parts, 1).masked_fill(mask[:, -length:] == 0, 0.0)  # a logit at padding may be infinite
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -256,12 +269,14 @@ def text_scores(model, ids: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def score_responses(model, prompts: list[str], responses: Responses, micro_batch_size: int) -> Tensor:
     """Scores of the responses, [batch]. A score model with another tokenizer reads prompts and responses as text."""
-    ids, mask = responses.sequences, responses.attention_mask
+    ids, mask = responses.scored, responses.attention_mask
     if not model.shares_tokens:
-        encoded = encode(model.tokenizer, model.template, prompts, responses.texts)
-        longest = getattr(model.config, "max_position_embeddings", sys.maxsize)
-        ends = responses.finished.tolist()  # a response that was cut has no EOS
-        encoded = [(row if end else row[:-1])[:longest] for row, end in zip(encoded, ends, strict=True)]
+        encoded, ends = encode(model.tokenizer, prompts, responses.texts), responses.finished.tolist()
+        encoded = [row if end else row[:-1] for row, end in zip(encoded, ends, strict=True)]  # cut: it has no end
+        longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+        if cut := sum(len(row) > longest for row in encoded):
+            say(f"{cut} responses lost their end: a score model reads {longest} tokens; lower --max-new-tokens")
+        encoded = [row[:longest] for row in encoded]
         ids, mask = pad(model.tokenizer, encoded, "right", mask.device)
     return in_micro_batches(text_scores, model, ids, mask, micro_batch_size)
 
@@ -270,24 +285,20 @@ def score_responses(model, prompts: list[str], responses: Responses, micro_batch
 def in_micro_batches(read, model, ids: Tensor, mask: Tensor, size: int, **settings) -> Tensor:
     """read(model, ids, mask, **settings) on `size` rows at a time, without gradients; results by row."""
     parts = zip(ids.split(size), mask.split(size), strict=True)
-    results = torch.cat([read(model, *part, **settings) for part in parts])
-    reshard(model)  # without a backward pass FSDP2 leaves the root (embeddings and head) gathered
-    return results
+    return torch.cat([read(model, *part, **settings) for part in parts])
 
 
 def backward(loss: Tensor, response_mask: Tensor, token_count: float) -> Tensor:
     """Add the gradient of a loss [rows, response] averaged over the `token_count` response tokens of the global batch.
 
-    Returns these rows' part of that mean.
-    """
+    Returns these rows' part of that mean."""
     part = (loss * response_mask).sum() / token_count
     (part * dist.get_world_size()).backward()  # FSDP averages gradients over ranks; the factor makes that a sum
     return part.detach()
 
 
 def main(args: Args, device: torch.device, mesh) -> int:
-    start_time = time.time()
-    rank, world = dist.get_rank(), dist.get_world_size()
+    start_time, rank, world = time.time(), dist.get_rank(), dist.get_world_size()
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # the instruction sets it supports
     fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if fast else "float32"
@@ -300,22 +311,26 @@ def main(args: Args, device: torch.device, mesh) -> int:
 
     # ---- Prompts, output directory, models, optimizers
     say(f"loading data and models; computing in {args.dtype} on {device.type}")
-    tokenizer = load_tokenizer(args.model, "--model")
+    tokenizer = load_tokenizer(args.model, "--model", args.prompt_template)
     for name in ("reward_model", "cost_model", "reward_critic", "cost_critic"):  # report a wrong path before the work
         load_tokenizer(getattr(args, name) or args.model, f"--{name.replace('_', '-')}")
-    prompts = load_prompts(args, args.dataset, args.dataset_split, "--dataset", tokenizer)
-    eval_prompts = load_prompts(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer)[: args.eval_size]
-    supervised = load_supervised(args, tokenizer) if args.ptx_dataset and args.ptx_coef > 0 else []
+    limits = args.max_prompt_length, args.max_prompt_length + args.max_new_tokens
+    prompts = load_examples(args, args.dataset, args.dataset_split, "--dataset", tokenizer, limits)
+    eval_prompts = load_examples(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer, limits)
+    eval_prompts, supervised = eval_prompts[: args.eval_size], []
+    if args.ptx_dataset and args.ptx_coef > 0:
+        plain = replace(args, dataset_config=None, prompt_column="prompt")  # those are about the prompts
+        supervised = load_examples(plain, args.ptx_dataset, args.ptx_split, "--ptx-dataset", tokenizer, limits, (1,))
     folder, saved, writer = open_run(args)
     if saved is None:
         say(f"the run in {folder} is finished")
         return 0
-    longest = max(len(ids) for _, ids in prompts + eval_prompts) + args.max_new_tokens
-    longest = max([longest, *(len(ids) for ids, _ in supervised)])  # the policy also reads the PTX texts
-    options = dict(mesh=mesh, dtype=getattr(torch, args.dtype), longest=longest)
-    frozen = options | dict(loading={"dtype": options["dtype"]}, cpu_offload=args.cpu_offload)
-    reward_model = load_scorer(args, args.reward_model, "--reward-model", tokenizer, frozen)
-    cost_model = load_scorer(args, args.cost_model, "--cost-model", tokenizer, frozen)
+    longest = max(len(prompt["head"]) for prompt in prompts + eval_prompts) + args.max_new_tokens
+    longest = max([longest, *(len(x) + len(y) for text in supervised for x, y in text["ids"])])
+    options = dict(mesh=mesh, dtype=getattr(torch, args.dtype), longest=longest, tokenizer=tokenizer)
+    frozen = options | dict(loading={"dtype": options["dtype"]}, offload=args.cpu_offload)
+    reward_model = load_scorer(args, args.reward_model, "--reward-model", prompts + eval_prompts, frozen)
+    cost_model = load_scorer(args, args.cost_model, "--cost-model", prompts + eval_prompts, frozen)
     policy = load_model(AutoModelForCausalLM, args.model, "--model", **options)
     ref_policy = load_model(AutoModelForCausalLM, args.model, "--model", **frozen)
     trained = {"policy": policy}
@@ -354,7 +369,8 @@ def main(args: Args, device: torch.device, mesh) -> int:
         # 1. The prompts of this iteration, K times each; uniform numbers for the whole global batch
         clock = [time.time()]
         indices = batch_indices(args.seed, "prompts", iteration, args.batch_size, len(prompts), repeats=k)
-        prompt_texts, prompt_ids = zip(*(prompts[i] for i in indices[local_rows]), strict=True)
+        chosen = [prompts[i] for i in indices[local_rows]]
+        prompt_texts, prompt_ids = ([prompt[name] for prompt in chosen] for name in ("prompt", "head"))
         generator = random_generator(args.seed, "rollout", iteration)
         uniforms = torch.rand(args.batch_size, args.max_new_tokens, generator=generator)[local_rows]
 
@@ -418,8 +434,8 @@ def main(args: Args, device: torch.device, mesh) -> int:
                 losses["cost_value_loss"] += backward(loss, used, token_count)
             if supervised:
                 ptx_indices = batch_indices(args.seed, "supervised", iteration, args.batch_size, len(supervised))
-                texts = [supervised[i] for i in ptx_indices[local_rows]]
-                losses["ptx_loss"] += ptx_backward(args, policy, tokenizer, texts)
+                examples = [supervised[i] for i in ptx_indices[local_rows]]
+                losses["ptx_loss"] += ptx_backward(args, policy, tokenizer, examples)
             for name, model in trained.items():  # the norms before clipping
                 grad_norms[name] = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).full_tensor().item()
             skip = skip or not all(map(math.isfinite, grad_norms.values()))
@@ -519,23 +535,20 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    options["timeout"] = datetime.timedelta(hours=2)  # rank 0 may be downloading while the others wait
+    options["timeout"] = 4 * dist.constants.default_pg_timeout  # 2 hours: rank 0 may be downloading
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
     sys.excepthook = report
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if 1 < local < world:  # shard inside a node, replicate across nodes
-        return device, init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
-    return device, init_device_mesh(device.type, (world,))
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+        raise UserError("srun starts several tasks, which do not find each other; start one per node, each by torchrun")
+    for library in (transformers, datasets):
+        library.logging.set_verbosity(50)  # critical
+        library.utils.logging.disable_progress_bar()
+    return device, dist.init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def random_generator(*key) -> torch.Generator:
     """A separate generator per use, keyed by seed, use and iteration: no draw depends on earlier ones."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1)
 
 
 def batch_indices(seed: int, use: str, iteration: int, batch: int, rows: int, repeats: int = 1) -> list[int]:
@@ -553,64 +566,137 @@ def global_sum(**values) -> dict[str, float]:
     return dict(zip(values, total.tolist(), strict=True))
 
 
-def load_rows(name: str, split: str, flag: str) -> datasets.Dataset:
-    """The rows of a jsonl, json, csv or parquet file, of a folder of such files, or of a dataset of the Hub."""
+# Formats of data by the columns that hold responses, or dialogues that end in them; the first whose columns are there
+FORMATS = {"PKU-SafeRLHF": ("response_0", "response_1"), "preference": ("chosen", "rejected"), "Alpaca": ("output",)}
+FORMATS |= {"ShareGPT": ("conversations",)} | {n: (n,) for n in ("completion", "messages", "response")} | {"prompt": ()}
+
+
+def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[list[dict], str, str]:
+    """Rows of a jsonl, json, csv or parquet file, a folder of such files or a Hub dataset; their format; file names."""
     try:
-        source = {"path": name}  # a path that exists is a path; anything else is a Hub id
-        if os.path.isfile(name):
+        source, part = {"path": name, "name": config}, split.split("[")[0]
+        if os.path.isfile(name):  # a path that exists is a path; anything else is a Hub id
             suffix = Path(name.lower().removesuffix(".gz")).suffix.replace("jsonl", "json")[1:]
             if suffix not in ("json", "csv", "parquet"):
                 raise ValueError("a data file ends in .jsonl, .json, .csv or .parquet")
-            source = {"path": suffix, "data_files": {split.split("[")[0]: name}}
-        rows = datasets.load_dataset(**source, split=split)
-        next(iter(rows))
+            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", name)}}  # it is no pattern
+        with tempfile.TemporaryDirectory() as fresh:  # the library's cache may hold what a file held before
+            builder = datasets.load_dataset_builder(**source, cache_dir=fresh if os.path.exists(name) else None)
+            builder.config.keep_default_na = False  # "None" and "NA" in a csv file are texts
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split).to_list()
+        form = next(form for form, columns in FORMATS.items() if rows[0].keys() >= {*columns})
     except Exception as error:
-        reason = error.__cause__ or str(error) or "no rows"
-        place = "" if os.path.exists(name) else " (no path)"
+        place, reason = "" if os.path.exists(name) else " (no path)", error.__cause__ or str(error) or "no rows"
         raise UserError(f"{flag} {name}{place}: split '{split}' cannot be read: {reason}") from None
-    return rows
+    files = [os.path.basename(file) for file in (builder.config.data_files or {}).get(part, [split])]
+    return rows, form, ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
-def read_column(rows: datasets.Dataset, column: str, source: str, labels: bool = False) -> list:
-    """A column of texts, none of them empty, or of labels 0 and 1; source: flag and name of the data."""
-    if column not in rows.column_names:
-        raise UserError(f"{source}: no column '{column}'; the columns are {', '.join(rows.column_names)}")
-    for row, value in enumerate(values := rows[column][:]):
-        if value not in (0, 1) if labels else not (isinstance(value, str) and value.strip()):
-            needed = "0 or 1" if labels else "a text"
-            raise UserError(f"{source}: row {row} has {str(value)[:80]!r} as '{column}', where {needed} is needed")
-    return values
+def as_messages(value, role: str) -> list[dict[str, str]]:
+    """Messages {role, content} of a list of them, also ShareGPT's, of hh-rlhf's text, or of one text of `role`."""
+    if isinstance(value, str):
+        parts = re.split(r"\s*\n\n(Human|Assistant): *", value) if value[:8] == "\n\nHuman:" else ["", role, value]
+        value = [{"role": name, "content": text} for name, text in zip(parts[1::2], parts[2::2], strict=True)]
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
+    roles = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
+    turns = [{"role": roles.get(name, name), "content": text if isinstance(text, str) else ""} for name, text in turns]
+    return turns[: max((i for i, turn in enumerate(turns, 1) if turn["content"].strip()), default=0)]  # ends in text
 
 
-def load_tokenizer(name: str, flag: str) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer beside a model. One without a pad token pads with EOS: masks, not ids, mark the padding."""
+def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limits, counts=()) -> list[dict]:
+    """Rows as {prompt: text or messages, head: its tokens, responses, ids: (prompt, response) tokens of each, row}.
+
+    limits: tokens of prompts, and of texts, where responses are cut; counts: of responses per row, () ignores them."""
+    rows, form, files = load_rows(name, args.dataset_config, split, flag)
+    names, column, examples, dropped = FORMATS[form], getattr(args, "prompt_column", "prompt"), {}, []
+    special, kept, cut = re.compile("|".join(map(re.escape, {tokenizer.eos_token, *tokenizer.special.values()}))), [], 0
+    for number, row in enumerate(rows):
+        alpaca = [row[name] for name in ("instruction", "input") if row.get(name)]
+        prompt = as_messages(row.get(column, " ".join(map(str, alpaca)) if alpaca[1:] else [*alpaca, ""][0]), "user")
+        dialogues = [as_messages(row[name], "assistant") for name in names] or [[]]
+        ends = [turns.pop()["content"] for turns in dialogues if turns and turns[-1]["role"] == "assistant"]
+        # A dialogue that begins with an answer continues the prompt.
+        heads = [turns if turns and turns[0]["role"] != "assistant" else prompt + turns for turns in dialogues]
+        head, responses = heads[0], ends if counts else []
+        key = number if len(responses) == 2 else str((head, responses))  # pairs may be repeated
+        reasons = {
+            f"of a form that does not fit ({len(names)} responses)": counts and len(names) not in counts,
+            "with an undesirable response": counts == (1,) and row.get("label", True) in (0, None),
+            "without a response at the end": counts and len(ends) < len(names),
+            "whose responses answer different prompts": counts and any(other != head for other in heads),
+            "without a prompt that ends with the user": not head or head[-1]["role"] != "user",
+            "with an empty message": not all(turn["content"].strip() for turn in head if turn["role"] != "system"),
+            "with a special token in the text": special.search("\n".join([t["content"] for t in head] + responses)),
+            "that repeat another": key in examples,
+        }
+        dropped += [reason for reason, holds in reasons.items() if holds][:1]
+        if not any(reasons.values()):
+            examples[key] = {"prompt": head if head[1:] else head[0]["content"], "responses": responses, "row": row}
+    prompts, responses = ([example[name] for example in examples.values()] for name in ("prompt", "responses"))
+    columns = [encode(tokenizer, prompts, texts) for texts in zip(*responses, strict=True)]
+    for example, head, *texts in zip(examples.values(), encode(tokenizer, prompts), *columns, strict=True):
+        starts = [len(os.path.commonprefix([head, text])) for text in texts]  # a token may join prompt and response
+        ids = [(text[:start], text[start : limits[1]]) for text, start in zip(texts, starts, strict=True)]
+        if not 0 < len(head) <= limits[0]:
+            dropped.append(f"with an empty prompt or one over {limits[0]} tokens")
+        elif ids and ((ids[1:] == ids[:1] and len({*example["responses"]}) == 2) or not all(y for _, y in ids)):
+            dropped.append(f"whose responses are empty or equal at {limits[1]} tokens")
+        else:
+            kept.append(example | {"head": head, "ids": ids})
+            cut += sum(len(text) > limits[1] for text in texts)
+    told = f"{flag} {name}: {form} data from {files}, kept {len(kept)} of {len(rows)} rows, cut {cut} texts, dropped "
+    told += ", ".join(f"{dropped.count(reason)} {reason}" for reason in dict.fromkeys(dropped)) or "none"
+    if not kept:
+        raise UserError(f"{told}; the first row is {str(rows[0])[:300]}")
+    say(told)
+    return kept
+
+
+def load_tokenizer(name: str, flag: str, template: str = "{prompt}") -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer beside a model, with its prompt template, special tokens and the id that ends a response added."""
     try:
+        if os.path.exists(os.path.join(name, "adapter_config.json")):
+            raise ValueError("it is an adapter; merge it into its model first")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        AutoConfig.from_pretrained(name, trust_remote_code=False)  # a model with code of its own is refused
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # a model with code of its own is refused
         if tokenizer.eos_token is None:
             raise ValueError("it has no EOS token")
+        tokenizer.special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        tokenizer.template, tokenizer.end_id = template, tokenizer.eos_token_id
+        if template == "chat":  # the first special token behind an answer ends it
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\N{SNOWMAN}"}]
+            tail = tokenizer.apply_chat_template(turns, tokenize=False).partition("\N{SNOWMAN}")[2]
+            ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+            tokenizer.end_id = next((i for i in ids if i in tokenizer.special), tokenizer.eos_token_id)
+        elif "{prompt}" not in template:
+            raise ValueError(f"the prompt template '{template}' has no {{prompt}} in it")
     except Exception as error:
         place = "" if os.path.exists(name) else " (no such path; without toy/ beside the script, give paths or Hub ids)"
         raise UserError(f"{flag} {name}{place}: it cannot be loaded: {error}") from None
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= getattr(config, "vocab_size", sys.maxsize):
+        tokenizer.pad_token = tokenizer.eos_token  # any id in the embedding will do: masks, not ids, mark the padding
     return tokenizer
 
 
-def encode(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
-    """Tokens of prompts in their template ("chat": the tokenizer's own); with responses: prompt, response and EOS."""
-    chat = template == "chat"
+def encode(tokenizer, prompts: list, responses: list[str] | None = None) -> list[list[int]]:
+    """Tokens of prompts (texts or messages) in their template; with responses: prompt, response and end of the turn."""
+    chat, eos, bos = tokenizer.template == "chat", tokenizer.eos_token_id, tokenizer.bos_token_id
+    turns = [prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] for prompt in prompts]
+    if not chat and any(len(messages) > 1 for messages in turns):
+        raise UserError(f"a prompt has several messages; use --prompt-template chat, not '{tokenizer.template}'")
     try:
-        if not chat and "{prompt}" not in template:
-            raise ValueError("it has no {prompt} in it")
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts if chat]
-        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+        texts = [tokenizer.template.replace("{prompt}", messages[0]["content"]) for messages in turns]
+        if chat and turns:
+            texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        raise UserError(f"the prompt template '{template}' of {tokenizer.name_or_path} fails: {error}") from None
-    texts = texts if chat else [template.replace("{prompt}", prompt) for prompt in prompts]
+        raise UserError(f"the chat template of {tokenizer.name_or_path} fails: {error}") from None
     texts = [text + response for text, response in zip(texts, responses or [""] * len(texts), strict=True)]
-    encoded, eos = tokenizer(texts, add_special_tokens=not chat)["input_ids"], tokenizer.eos_token_id
+    encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"] if texts else []
+    encoded = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]  # the template's BOS and the tokenizer's
     encoded = [ids[:-1] if ids[-1:] == [eos] else ids for ids in encoded]  # some tokenizers end every text in EOS
-    return encoded if responses is None else [[*ids, eos] for ids in encoded]
+    return encoded if responses is None else [[*ids, tokenizer.end_id] for ids in encoded]
 
 
 def pad(tokenizer, texts: list[list[int]], side: str, device) -> tuple[Tensor, Tensor]:
@@ -619,41 +705,11 @@ def pad(tokenizer, texts: list[list[int]], side: str, device) -> tuple[Tensor, T
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
-def load_prompts(args: Args, name: str, split: str, flag: str, tokenizer) -> list[tuple[str, list[int]]]:
-    """Distinct prompts as (text, token ids in the template); those over --max-prompt-length are dropped and counted."""
-    texts = list(dict.fromkeys(read_column(load_rows(name, split, flag), args.prompt_column, f"{flag} {name}")))
-    encoded, limit = encode(tokenizer, args.prompt_template, texts), args.max_prompt_length
-    prompts = [(text, ids) for text, ids in zip(texts, encoded, strict=True) if 0 < len(ids) <= limit]
-    say(f"{flag}: kept {len(prompts)} of {len(texts)} distinct prompts, dropped those over --max-prompt-length {limit}")
-    if not prompts:
-        raise UserError(f"{flag} {name}: all prompts are over --max-prompt-length {limit}")
-    return prompts
-
-
-def load_supervised(args: Args, tokenizer) -> list[tuple[list[int], int]]:
-    """Distinct supervised texts as (token ids with EOS, number of prompt tokens); long responses lose their end."""
-    source, limit, kept = f"--ptx-dataset {args.ptx_dataset}", args.max_prompt_length, []
-    rows = load_rows(args.ptx_dataset, args.ptx_split, "--ptx-dataset")
-    if {"instruction", "output"} <= set(rows.column_names):  # Alpaca
-        prompts = [" ".join(filter(None, (row["instruction"], row.get("input")))) for row in rows]
-        rows = datasets.Dataset.from_dict({"prompt": prompts, "response": rows["output"][:]})
-    rows = rows.filter(lambda row: row.get("response", "no such column") != "")
-    texts = dict.fromkeys(zip(read_column(rows, "prompt", source), read_column(rows, "response", source), strict=True))
-    heads = encode(tokenizer, args.prompt_template, [prompt for prompt, _ in texts]) if texts else []
-    wholes = encode(tokenizer, args.prompt_template, *map(list, zip(*texts, strict=True))) if texts else []
-    for ids, head in zip(wholes, heads, strict=True):
-        if 0 < len(head) <= limit:  # a tokenizer may join the end of a prompt with what follows
-            kept.append((ids[: limit + args.max_new_tokens], len(os.path.commonprefix([ids, head]))))
-    say(f"{source}: kept {len(kept)} of {len(rows)} texts: distinct, within --max-prompt-length {limit}")
-    if not kept:
-        raise UserError(f"{source}: no prompt is within --max-prompt-length {limit}")
-    return kept
-
-
-def ptx_backward(args: Args, policy, tokenizer, texts: list[tuple[list[int], int]]) -> Tensor:
+def ptx_backward(args: Args, policy, tokenizer, examples: list[dict]) -> Tensor:
     """Add the gradient of the PTX term, ptx_coef times the mean next-token loss; returns this rank's part of it."""
-    ids, mask = pad(tokenizer, [ids for ids, _ in texts], "right", policy.device)
-    counts = torch.tensor([count for _, count in texts], device=policy.device)
+    texts = [example["ids"][0] for example in examples]  # (prompt, response)
+    ids, mask = pad(tokenizer, [x + y for x, y in texts], "right", policy.device)
+    counts = torch.tensor([len(x) for x, _ in texts], device=policy.device)
     used = (mask * (torch.arange(ids.shape[1], device=policy.device) >= counts[:, None]))[:, 1:]  # response tokens
     loss, tokens = 0.0, global_sum(tokens=used.sum())["tokens"]
     for rows in torch.arange(len(ids), device=policy.device).split(args.micro_batch_size):
@@ -662,11 +718,10 @@ def ptx_backward(args: Args, policy, tokenizer, texts: list[tuple[list[int], int
     return loss / args.ptx_coef
 
 
-def load_model(cls, name, flag, *, mesh, dtype, longest, config=None, unused=(), cpu_offload=False, loading=None):
-    """A model of the library's class `cls` in evaluation mode, sharded by FSDP2. Rank 0 alone reads its weights.
+def load_model(cls, name, flag, mesh, dtype, longest, tokenizer, config=None, unused=(), offload=False, loading=None):
+    """A model of the class `cls`, sharded by FSDP2: a block is gathered while it computes. Rank 0 alone reads weights.
 
-    longest: tokens of the longest text. unused: prefixes of weight names that may be missing or left over.
-    """
+    longest: tokens of the longest text; unused: prefixes of weights that may be missing or left over."""
     loading = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True} | (loading or {})
     try:
         config = config or AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -683,44 +738,38 @@ def load_model(cls, name, flag, *, mesh, dtype, longest, config=None, unused=(),
             with torch.device("meta"):
                 model = cls.from_config(config, dtype=loading["dtype"])
     except Exception as error:
-        raise UserError(f"{flag} {name} cannot be loaded: {error}") from None
+        raise UserError(f"{flag} {name} cannot be loaded: {str(error)[:400]}") from None
     if dtype == torch.bfloat16 and longest <= 128 and mesh.device_type == "cpu":
         model.set_attn_implementation("eager")  # the fused kernel's backward pass is slow there on short texts
-    shard(model, mesh, dtype, cpu_offload)
-    return model.eval()
-
-
-def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool) -> None:
-    """FSDP2: each transformer block is gathered when it computes, the rest with the root; gradients are in float32."""
     weights = model.state_dict() if dist.get_rank() == 0 else {}
     # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
     buffers = [(key, buffer) for key, buffer in model.named_buffers() if key not in weights]
-    extra = [buffers, getattr(model, "generation_config", None)]
-    dist.broadcast_object_list(extra)
+    dist.broadcast_object_list(extra := [buffers, getattr(model, "generation_config", None)])
     buffers, model.generation_config = extra
     model.to_empty(device="meta")
     model.tie_weights()  # moving a model to another device unties its tied weights
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
     blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if sum(parameter.numel() for parameter in model.parameters()) < 2**28:  # small: every rank has a copy, in FSDP2's
-        blocks, shape = [], (dist.get_world_size(), 1)  # terms sharded over one rank and replicated over all
-        mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
-    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
-    for unit in [*blocks, model]:
-        fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32), offload_policy=offload)
-    model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    policies = dict(
+        mp_policy=MixedPrecisionPolicy(dtype, torch.float32), reshard_after_forward=True
+    )  # float32 gradients
+    policies["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+    for unit in [*reversed(blocks), model]:  # a block within a block comes first
+        fully_shard(unit, mesh=mesh, **policies)
+    model.to_empty(device="cpu" if offload else mesh.device_type)
     model.tie_weights()
-    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp_state.set_model_state_dict(model, weights, options=options)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     for key, buffer in buffers:
-        module, _, name = key.rpartition(".")
-        setattr(model.get_submodule(module), name, buffer.to(mesh.device_type))
-
-
-def reshard(model: nn.Module) -> None:
-    """Give back the memory of gathered parameters: without a backward pass FSDP2 keeps those of the root."""
-    for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
-        unit.reshard()
+        model.get_buffer(key).copy_(buffer)
+    for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+        embedding.padding_idx = None  # the library would never train this row, even where it is that of EOS, too
+    model.vocabulary = max(tokenizer.get_vocab().values()) + 1  # the ids of tokens; an embedding may have more rows
+    ids = torch.tensor(encode(tokenizer, ["How are you?"])).to(mesh.device_type)
+    with torch.no_grad():
+        readings = [model.train(mode)(input_ids=ids).logits.nan_to_num() for mode in (True, False)]
+    if (readings[0] - readings[1]).abs().max() > 0.01 * readings[1].abs().max():  # no field above switched it off
+        raise UserError(f"{flag} {name} reads a text differently in training mode: set its dropout or noise to zero")
+    return model
 
 
 def load_score_model(name, flag, *, head_seed=None, loading=None, **options):
@@ -729,14 +778,13 @@ def load_score_model(name, flag, *, head_seed=None, loading=None, **options):
     architecture = (config.architectures or ["model"])[0]
     if architecture.endswith("ForScore"):  # Safe RLHF's class (arXiv 2310.12773): the head has another name
         loading, unused = loading | {"key_mapping": {r"^score_head\.": "score."}}, ("normalizer.",)
-    elif not architecture.endswith("Classification"):
-        unused = ("lm_head.", "score.")
-        if head_seed is None:
-            raise UserError(f"{flag} {name} is a {architecture} without a score head; give a score model")
+    elif not architecture.endswith("Classification") and head_seed is not None:
+        unused = ("lm_head.", "embed_out.", "score.")
         torch.manual_seed(head_seed)
-    elif config.num_labels != 1:
-        raise UserError(f"{flag} {name} has {config.num_labels} labels; a score model has one")
-    config.num_labels, biased = 1, architecture.endswith(("ForTokenClassification", "ForScore"))
+    elif not architecture.endswith("Classification") or config.num_labels != 1:
+        raise UserError(f"{flag} {name} is a {architecture} of {config.num_labels} labels; give a score model, of one")
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    biased = architecture.endswith(("ForTokenClassification", "ForScore"))
     cls = getattr(transformers, f"AutoModelFor{'Token' if biased else 'Sequence'}Classification")
     model = load_model(cls, name, flag, config=config, unused=unused, loading=loading, **options)
     if not hasattr(model, "score"):
@@ -745,28 +793,26 @@ def load_score_model(name, flag, *, head_seed=None, loading=None, **options):
     return model
 
 
-def load_scorer(args: Args, name: str, flag: str, policy_tokenizer, options: dict):
-    """A frozen score model with its tokenizer and template, and whether it reads the policy's tokens as attributes."""
-    tokenizer, template = load_tokenizer(name, flag), args.score_prompt_template or args.prompt_template
-    probe = ["How do I clean the kettle? Use 2 lemons."]
-    one, other = encode(tokenizer, template, probe, probe), encode(policy_tokenizer, args.prompt_template, probe, probe)
-    shares_tokens = one == other and tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-    model = load_score_model(name, flag, **options | ({} if shares_tokens else {"longest": 0}))
-    model.tokenizer, model.template, model.shares_tokens = tokenizer, template, shares_tokens
+def load_scorer(args: Args, name: str, flag: str, prompts: list[dict], options: dict):
+    """A frozen score model with its tokenizer, and whether it reads the policy's tokens, as attributes."""
+    tokenizer = load_tokenizer(name, flag, args.score_prompt_template or args.prompt_template)
+    probe, longest = ["How do I clean the kettle? Use 2 lemons."], options["longest"]
+    one, other = ((encode(reader, probe, probe), reader.get_vocab()) for reader in (tokenizer, options["tokenizer"]))
+    if one != other:
+        longest = max(map(len, encode(tokenizer, [prompt["prompt"] for prompt in prompts]))) + args.max_new_tokens
+    model = load_score_model(name, flag, **options | {"longest": longest, "tokenizer": tokenizer})
+    model.tokenizer, model.shares_tokens = tokenizer, one == other
     return model.requires_grad_(False)
 
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """Write safetensors, configuration and tokenizer: under another name first, then renamed: never half-written."""
-    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp_state.get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         beside = folder.with_name(folder.name + ".part")
         once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights have two names
         model.config.pad_token_id = tokenizer.pad_token_id
         state = {name: value for name, value in state.items() if name in once}
-        if not all(value.isfinite().all() for value in state.values()):
-            raise UserError(f"the weights for {folder} are not finite; lower --learning-rate")
         model.save_pretrained(beside, state_dict=state, save_original_format=not hasattr(model, "score"))
         tokenizer.save_pretrained(beside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -779,10 +825,7 @@ MAY_CHANGE = "output_dir resume save_every eval_every track micro_batch_size gra
 
 
 def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
-    """Lock the output directory while rank 0 lives. Returns it, the newest checkpoint's state and TensorBoard's writer.
-
-    The state is {} without a checkpoint and None if the run is finished. Logs are cut back to the checkpoint.
-    """
+    """The locked output directory, its newest checkpoint's state ({}: none, None: finished), TensorBoard's writer."""
     folder = Path(args.output_dir or f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     found, writer = [folder, None], None
     if args.resume and args.output_dir is None:
@@ -797,7 +840,7 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
         except OSError as error:
             raise UserError(f"--output-dir {folder} is in use by another process or not writable: {error}") from None
         flags, now = folder / "args.json", json.loads(json.dumps(asdict(args)))  # tuples are lists in JSON
-        held = [p.name for p in folder.iterdir() if p.stat().st_size > 0 and p.name not in ("args.json", "tensorboard")]
+        held = [p.name for p in folder.iterdir() if p.lstat().st_size and p.name not in ("args.json", "tensorboard")]
         if held and not (args.resume and flags.exists()):
             raise UserError(f"--output-dir {folder} holds a run ({held[0]}); take another, or continue it by --resume")
         before = json.loads(flags.read_text(encoding="utf-8")) if held else now
@@ -812,8 +855,8 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
                 state = json.loads((place / "state.json").read_text(encoding="utf-8"))
                 state |= {"checkpoint": str(place), "step": int(place.name)}
             for name in LOGS:
-                (folder / name).touch()
-                os.truncate(folder / name, state.get(name, 0))
+                with (folder / name).open("ab") as file:
+                    file.truncate(state.get(name, 0))  # what came after the checkpoint comes again
             if args.track:
                 import wandb
 
@@ -829,7 +872,6 @@ def training_state(trained: dict, optimizers: dict) -> dict[str, Tensor]:
     """Weights and AdamW's moments of the trained models by name; loading a checkpoint fills these tensors in place."""
     tensors = {}
     for name, model in trained.items():
-        reshard(model)
         for key, weight in model.named_parameters():
             state = optimizers[name].state[weight]
             if not state:  # as AdamW begins
@@ -846,11 +888,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    # A rank copies a whole file to CPU memory before it writes it, so the files must not be large.
-    files = 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // 2**34
-    numbers = {name: 1 + i * files // len(tensors) for i, name in enumerate(tensors)}
-    writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
     if dist.get_rank() == 0:
         state |= {name: (folder / name).stat().st_size for name in LOGS}
         (beside / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -890,7 +928,7 @@ def evaluate(args: Args, folder: Path, iteration: int, policy, tokenizer, prompt
     # FSDP2 needs equally many passes from each rank, so the last prompts of some are repeats.
     mine = torch.arange(rank, rank + math.ceil(len(prompts) / world) * world, world) % len(prompts)
     for chosen in mine.split(args.batch_size // world):
-        texts, ids = zip(*(prompts[i] for i in chosen), strict=True)
+        texts, ids = ([prompts[i][name] for i in chosen] for name in ("prompt", "head"))
         responses = sample_responses(policy, tokenizer, ids, uniforms[chosen], args.temperature)
         rewards = score_responses(reward_model, texts, responses, args.micro_batch_size)
         costs = score_responses(cost_model, texts, responses, args.micro_batch_size)
@@ -924,7 +962,10 @@ def write_summary(args: Args, folder: Path, summary: dict) -> None:
         form = "10.1%" if name == "safety_compliance" else "10.2f"
         print(f"{name.replace('_', ' '):<22}{figure:{form}}{summary['after'][name]:{form}}")
     for i in sorted({0, len(before) // 3, 2 * len(before) // 3}):
-        print(f"\n{before[i]['prompt']}")
+        prompt = before[i]["prompt"]  # one text, or messages
+        print(
+            "", *([prompt] if isinstance(prompt, str) else [f"{t['role']}: {t['content']}" for t in prompt]), sep="\n"
+        )
         for name, row in (("before", before[i]), ("after", after[i])):
             print(f"  {name:<6} (reward {row['reward']:+.1f}, cost {row['cost']:+.1f})  {row['response']}")
     print(f"\n{summary['wall_seconds']:.0f} s; written to {folder}")

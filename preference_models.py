@@ -16,19 +16,19 @@ A score model reads a prompt x with its response y and gives one number at the l
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 preference_models.py ...
 """
 
-import datetime
 import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Literal
 
 import datasets
@@ -39,9 +39,8 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
@@ -64,6 +63,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; auto: bfloat16 where the hardware has it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     dataset: str = str(TOY / "data" / "train.parquet")  # training pairs: jsonl, json, csv, parquet, folder or Hub id
+    dataset_config: str | None = None  # configuration (subset) of --dataset and --eval-dataset, such as a Hub id has
     dataset_split: str = "train"  # split of the training pairs, or a slice such as train[:1000]
     eval_dataset: str = str(TOY / "data" / "test.parquet")  # held-out pairs
     eval_split: str = "test"  # split of the held-out pairs
@@ -84,13 +84,10 @@ def reward_loss(better: Tensor, worse: Tensor, regularization: float) -> Tensor:
     return -F.logsigmoid(better - worse) + regularization * (better**2 + worse**2) / 2
 
 
-def cost_loss(
-    unsafer: Tensor, safer: Tensor, unsafer_sign: Tensor, safer_sign: Tensor, regularization: float
-) -> Tensor:
+def cost_loss(unsafer, safer, unsafer_sign, safer_sign, regularization: float) -> Tensor:
     """Loss of each pair, [pairs]: its order, and each response's own side of zero (arXiv 2310.12773).
 
-    unsafer, safer: scores of the more and the less harmful response; *_sign: +1 where labelled unsafe, -1 where safe.
-    """
+    unsafer, safer: scores of the more and the less harmful response; *_sign: +1 if labelled unsafe, -1 if safe."""
     order = -F.logsigmoid(unsafer - safer)
     border = -F.logsigmoid(unsafer_sign * unsafer) - F.logsigmoid(safer_sign * safer)
     return order + border + regularization * (unsafer**2 + safer**2) / 2
@@ -122,47 +119,42 @@ def score_pairs(args: Args, model, tokenizer, pairs: list[dict]) -> tuple[Tensor
 @torch.no_grad()
 def evaluate(args: Args, model, tokenizer, pairs: list[dict]) -> tuple[dict[str, float], list[dict]]:
     """Held-out loss and accuracies, and a row per pair. Every rank scores its share."""
-    rank, world, rows = dist.get_rank(), dist.get_world_size(), {}
+    rank, world, count = dist.get_rank(), dist.get_world_size(), len(pairs)
     order = torch.tensor([max(map(len, pair["ids"])) for pair in pairs]).argsort(stable=True)  # little padding
     # FSDP2 needs equally many passes from each rank, so the last pairs of some are repeats.
-    mine = order[torch.arange(rank, rank + math.ceil(len(pairs) / world) * world, world) % len(pairs)]
-    for indices in mine.split(args.micro_batch_size):
-        scores, losses = score_pairs(args, model, tokenizer, [pairs[i] for i in indices])
-        for i, score, loss in zip(indices.tolist(), scores.tolist(), losses.tolist(), strict=True):
-            rows[i] = {name: value for name, value in pairs[i].items() if name != "ids"}
-            rows[i] |= {"scores": score, "loss": loss}
-    reshard(model)
-    dist.all_gather_object(gathered := [None] * world, rows)
-    rows = [row for _, row in sorted({i: row for part in gathered for i, row in part.items()}.items())]
-    scores, labels = ([item for row in rows for item in row.get(name, ())] for name in ("scores", "unsafe"))
-    result = {"loss": fmean(row["loss"] for row in rows), "score_mean": fmean(scores)}
-    result["pair_accuracy"] = fmean(row["scores"][0] > row["scores"][1] for row in rows)
+    mine = order[torch.arange(rank, rank + math.ceil(count / world) * world, world) % count]
+    values = torch.full((count, 3), -math.inf, device=model.device)  # both scores, the loss
+    for rows in mine.split(args.micro_batch_size):
+        values[rows] = torch.column_stack(score_pairs(args, model, tokenizer, [pairs[row] for row in rows]))
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    figures = {"loss": values[:, 2], "score_mean": values[:, :2], "pair_accuracy": values[:, 0] > values[:, 1]}
     if args.kind == "cost":
-        result["sign_accuracy"] = fmean((score > 0) == unsafe for score, unsafe in zip(scores, labels, strict=True))
-    return result, rows
+        figures["sign_accuracy"] = (values[:, :2] > 0) == torch.tensor([pair["unsafe"] for pair in pairs]).to(values)
+    rows = [pair | {"scores": row[:2], "loss": row[2]} for pair, row in zip(pairs, values.tolist(), strict=True)]
+    return {name: values.double().mean().item() for name, values in figures.items()}, rows
 
 
 def main(args: Args, device: torch.device, mesh) -> int:
-    start_time = time.time()
-    rank, world = dist.get_rank(), dist.get_world_size()
+    start_time, rank, world = time.time(), dist.get_rank(), dist.get_world_size()
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # the instruction sets it supports
     fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if fast else "float32"
 
     # ---- Pairs, output directory, model, optimizer
     say(f"loading data and model; computing in {args.dtype} on {device.type}")
-    tokenizer = load_tokenizer(args.model, "--model")
+    tokenizer = load_tokenizer(args.model, "--model", args.prompt_template)
     train_pairs = load_pairs(args, args.dataset, args.dataset_split, "--dataset", tokenizer)
     eval_pairs = load_pairs(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer)
-    if args.batch_size % world or not 0 < args.batch_size <= len(train_pairs) or args.epochs < 1:
-        limits = f"a multiple of {world} (processes) up to {len(train_pairs)} (training pairs)"
-        raise UserError(f"--batch-size must be {limits}, and --epochs at least 1")
+    if args.batch_size not in range(world, len(train_pairs) + 1, world) or min(args.micro_batch_size, args.epochs) < 1:
+        raise UserError(
+            f"--batch-size must be a multiple of {world} up to {len(train_pairs)} pairs, the others at least 1"
+        )
     folder, saved, writer = open_run(args)
     if saved is None:
         say(f"the run in {folder} is finished")
         return 0
     longest = max(len(ids) for pair in train_pairs + eval_pairs for ids in pair["ids"])
-    options = dict(mesh=mesh, dtype=getattr(torch, args.dtype), longest=longest)
+    options = dict(mesh=mesh, dtype=getattr(torch, args.dtype), longest=longest, tokenizer=tokenizer)
     model = load_score_model(args.model, "--model", head_seed=args.seed, **options).train()  # there is no dropout
     if args.gradient_checkpointing:
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
@@ -230,7 +222,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
                 return 128 + (stop or [signal.SIGTERM])[0]  # the status that shells give to the signal
 
     save_model(model, tokenizer, folder / "model")
-    append_json(folder / "eval.jsonl", rows)
+    append_json(folder / "eval.jsonl", [{name: row[name] for name in row if name != "ids"} for row in rows])
     if rank == 0:
         writer.close()
         summary = {"algorithm": f"{args.kind} model", "skipped_updates": skipped, "eval": result}
@@ -274,23 +266,20 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    options["timeout"] = datetime.timedelta(hours=2)  # rank 0 may be downloading while the others wait
+    options["timeout"] = 4 * dist.constants.default_pg_timeout  # 2 hours: rank 0 may be downloading
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
     sys.excepthook = report
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if 1 < local < world:  # shard inside a node, replicate across nodes
-        return device, init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
-    return device, init_device_mesh(device.type, (world,))
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+        raise UserError("srun starts several tasks, which do not find each other; start one per node, each by torchrun")
+    for library in (transformers, datasets):
+        library.logging.set_verbosity(50)  # critical
+        library.utils.logging.disable_progress_bar()
+    return device, dist.init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def random_generator(*key) -> torch.Generator:
     """A separate generator per use, keyed by seed, use and iteration: no draw depends on earlier ones."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1)
 
 
 def global_sum(**values) -> dict[str, float]:
@@ -300,64 +289,137 @@ def global_sum(**values) -> dict[str, float]:
     return dict(zip(values, total.tolist(), strict=True))
 
 
-def load_rows(name: str, split: str, flag: str) -> datasets.Dataset:
-    """The rows of a jsonl, json, csv or parquet file, of a folder of such files, or of a dataset of the Hub."""
+# Formats of data by the columns that hold responses, or dialogues that end in them; the first whose columns are there
+FORMATS = {"PKU-SafeRLHF": ("response_0", "response_1"), "preference": ("chosen", "rejected"), "Alpaca": ("output",)}
+FORMATS |= {"ShareGPT": ("conversations",)} | {n: (n,) for n in ("completion", "messages", "response")} | {"prompt": ()}
+
+
+def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[list[dict], str, str]:
+    """Rows of a jsonl, json, csv or parquet file, a folder of such files or a Hub dataset; their format; file names."""
     try:
-        source = {"path": name}  # a path that exists is a path; anything else is a Hub id
-        if os.path.isfile(name):
+        source, part = {"path": name, "name": config}, split.split("[")[0]
+        if os.path.isfile(name):  # a path that exists is a path; anything else is a Hub id
             suffix = Path(name.lower().removesuffix(".gz")).suffix.replace("jsonl", "json")[1:]
             if suffix not in ("json", "csv", "parquet"):
                 raise ValueError("a data file ends in .jsonl, .json, .csv or .parquet")
-            source = {"path": suffix, "data_files": {split.split("[")[0]: name}}
-        rows = datasets.load_dataset(**source, split=split)
-        next(iter(rows))
+            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", name)}}  # it is no pattern
+        with tempfile.TemporaryDirectory() as fresh:  # the library's cache may hold what a file held before
+            builder = datasets.load_dataset_builder(**source, cache_dir=fresh if os.path.exists(name) else None)
+            builder.config.keep_default_na = False  # "None" and "NA" in a csv file are texts
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split).to_list()
+        form = next(form for form, columns in FORMATS.items() if rows[0].keys() >= {*columns})
     except Exception as error:
-        reason = error.__cause__ or str(error) or "no rows"
-        place = "" if os.path.exists(name) else " (no path)"
+        place, reason = "" if os.path.exists(name) else " (no path)", error.__cause__ or str(error) or "no rows"
         raise UserError(f"{flag} {name}{place}: split '{split}' cannot be read: {reason}") from None
-    return rows
+    files = [os.path.basename(file) for file in (builder.config.data_files or {}).get(part, [split])]
+    return rows, form, ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
-def read_column(rows: datasets.Dataset, column: str, source: str, labels: bool = False) -> list:
-    """A column of texts, none of them empty, or of labels 0 and 1; source: flag and name of the data."""
-    if column not in rows.column_names:
-        raise UserError(f"{source}: no column '{column}'; the columns are {', '.join(rows.column_names)}")
-    for row, value in enumerate(values := rows[column][:]):
-        if value not in (0, 1) if labels else not (isinstance(value, str) and value.strip()):
-            needed = "0 or 1" if labels else "a text"
-            raise UserError(f"{source}: row {row} has {str(value)[:80]!r} as '{column}', where {needed} is needed")
-    return values
+def as_messages(value, role: str) -> list[dict[str, str]]:
+    """Messages {role, content} of a list of them, also ShareGPT's, of hh-rlhf's text, or of one text of `role`."""
+    if isinstance(value, str):
+        parts = re.split(r"\s*\n\n(Human|Assistant): *", value) if value[:8] == "\n\nHuman:" else ["", role, value]
+        value = [{"role": name, "content": text} for name, text in zip(parts[1::2], parts[2::2], strict=True)]
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
+    roles = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
+    turns = [{"role": roles.get(name, name), "content": text if isinstance(text, str) else ""} for name, text in turns]
+    return turns[: max((i for i, turn in enumerate(turns, 1) if turn["content"].strip()), default=0)]  # ends in text
 
 
-def load_tokenizer(name: str, flag: str) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer beside a model. One without a pad token pads with EOS: masks, not ids, mark the padding."""
+def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limits, counts=()) -> list[dict]:
+    """Rows as {prompt: text or messages, head: its tokens, responses, ids: (prompt, response) tokens of each, row}.
+
+    limits: tokens of prompts, and of texts, where responses are cut; counts: of responses per row, () ignores them."""
+    rows, form, files = load_rows(name, args.dataset_config, split, flag)
+    names, column, examples, dropped = FORMATS[form], getattr(args, "prompt_column", "prompt"), {}, []
+    special, kept, cut = re.compile("|".join(map(re.escape, {tokenizer.eos_token, *tokenizer.special.values()}))), [], 0
+    for number, row in enumerate(rows):
+        alpaca = [row[name] for name in ("instruction", "input") if row.get(name)]
+        prompt = as_messages(row.get(column, " ".join(map(str, alpaca)) if alpaca[1:] else [*alpaca, ""][0]), "user")
+        dialogues = [as_messages(row[name], "assistant") for name in names] or [[]]
+        ends = [turns.pop()["content"] for turns in dialogues if turns and turns[-1]["role"] == "assistant"]
+        # A dialogue that begins with an answer continues the prompt.
+        heads = [turns if turns and turns[0]["role"] != "assistant" else prompt + turns for turns in dialogues]
+        head, responses = heads[0], ends if counts else []
+        key = number if len(responses) == 2 else str((head, responses))  # pairs may be repeated
+        reasons = {
+            f"of a form that does not fit ({len(names)} responses)": counts and len(names) not in counts,
+            "with an undesirable response": counts == (1,) and row.get("label", True) in (0, None),
+            "without a response at the end": counts and len(ends) < len(names),
+            "whose responses answer different prompts": counts and any(other != head for other in heads),
+            "without a prompt that ends with the user": not head or head[-1]["role"] != "user",
+            "with an empty message": not all(turn["content"].strip() for turn in head if turn["role"] != "system"),
+            "with a special token in the text": special.search("\n".join([t["content"] for t in head] + responses)),
+            "that repeat another": key in examples,
+        }
+        dropped += [reason for reason, holds in reasons.items() if holds][:1]
+        if not any(reasons.values()):
+            examples[key] = {"prompt": head if head[1:] else head[0]["content"], "responses": responses, "row": row}
+    prompts, responses = ([example[name] for example in examples.values()] for name in ("prompt", "responses"))
+    columns = [encode(tokenizer, prompts, texts) for texts in zip(*responses, strict=True)]
+    for example, head, *texts in zip(examples.values(), encode(tokenizer, prompts), *columns, strict=True):
+        starts = [len(os.path.commonprefix([head, text])) for text in texts]  # a token may join prompt and response
+        ids = [(text[:start], text[start : limits[1]]) for text, start in zip(texts, starts, strict=True)]
+        if not 0 < len(head) <= limits[0]:
+            dropped.append(f"with an empty prompt or one over {limits[0]} tokens")
+        elif ids and ((ids[1:] == ids[:1] and len({*example["responses"]}) == 2) or not all(y for _, y in ids)):
+            dropped.append(f"whose responses are empty or equal at {limits[1]} tokens")
+        else:
+            kept.append(example | {"head": head, "ids": ids})
+            cut += sum(len(text) > limits[1] for text in texts)
+    told = f"{flag} {name}: {form} data from {files}, kept {len(kept)} of {len(rows)} rows, cut {cut} texts, dropped "
+    told += ", ".join(f"{dropped.count(reason)} {reason}" for reason in dict.fromkeys(dropped)) or "none"
+    if not kept:
+        raise UserError(f"{told}; the first row is {str(rows[0])[:300]}")
+    say(told)
+    return kept
+
+
+def load_tokenizer(name: str, flag: str, template: str = "{prompt}") -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer beside a model, with its prompt template, special tokens and the id that ends a response added."""
     try:
+        if os.path.exists(os.path.join(name, "adapter_config.json")):
+            raise ValueError("it is an adapter; merge it into its model first")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        AutoConfig.from_pretrained(name, trust_remote_code=False)  # a model with code of its own is refused
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # a model with code of its own is refused
         if tokenizer.eos_token is None:
             raise ValueError("it has no EOS token")
+        tokenizer.special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        tokenizer.template, tokenizer.end_id = template, tokenizer.eos_token_id
+        if template == "chat":  # the first special token behind an answer ends it
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\N{SNOWMAN}"}]
+            tail = tokenizer.apply_chat_template(turns, tokenize=False).partition("\N{SNOWMAN}")[2]
+            ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+            tokenizer.end_id = next((i for i in ids if i in tokenizer.special), tokenizer.eos_token_id)
+        elif "{prompt}" not in template:
+            raise ValueError(f"the prompt template '{template}' has no {{prompt}} in it")
     except Exception as error:
         place = "" if os.path.exists(name) else " (no such path; without toy/ beside the script, give paths or Hub ids)"
         raise UserError(f"{flag} {name}{place}: it cannot be loaded: {error}") from None
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= getattr(config, "vocab_size", sys.maxsize):
+        tokenizer.pad_token = tokenizer.eos_token  # any id in the embedding will do: masks, not ids, mark the padding
     return tokenizer
 
 
-def encode(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
-    """Tokens of prompts in their template ("chat": the tokenizer's own); with responses: prompt, response and EOS."""
-    chat = template == "chat"
+def encode(tokenizer, prompts: list, responses: list[str] | None = None) -> list[list[int]]:
+    """Tokens of prompts (texts or messages) in their template; with responses: prompt, response and end of the turn."""
+    chat, eos, bos = tokenizer.template == "chat", tokenizer.eos_token_id, tokenizer.bos_token_id
+    turns = [prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] for prompt in prompts]
+    if not chat and any(len(messages) > 1 for messages in turns):
+        raise UserError(f"a prompt has several messages; use --prompt-template chat, not '{tokenizer.template}'")
     try:
-        if not chat and "{prompt}" not in template:
-            raise ValueError("it has no {prompt} in it")
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts if chat]
-        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+        texts = [tokenizer.template.replace("{prompt}", messages[0]["content"]) for messages in turns]
+        if chat and turns:
+            texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        raise UserError(f"the prompt template '{template}' of {tokenizer.name_or_path} fails: {error}") from None
-    texts = texts if chat else [template.replace("{prompt}", prompt) for prompt in prompts]
+        raise UserError(f"the chat template of {tokenizer.name_or_path} fails: {error}") from None
     texts = [text + response for text, response in zip(texts, responses or [""] * len(texts), strict=True)]
-    encoded, eos = tokenizer(texts, add_special_tokens=not chat)["input_ids"], tokenizer.eos_token_id
+    encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"] if texts else []
+    encoded = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]  # the template's BOS and the tokenizer's
     encoded = [ids[:-1] if ids[-1:] == [eos] else ids for ids in encoded]  # some tokenizers end every text in EOS
-    return encoded if responses is None else [[*ids, eos] for ids in encoded]
+    return encoded if responses is None else [[*ids, tokenizer.end_id] for ids in encoded]
 
 
 def pad(tokenizer, texts: list[list[int]], side: str, device) -> tuple[Tensor, Tensor]:
@@ -367,27 +429,33 @@ def pad(tokenizer, texts: list[list[int]], side: str, device) -> tuple[Tensor, T
 
 
 def load_pairs(args: Args, name: str, split: str, flag: str, tokenizer) -> list[dict]:
-    """Pairs as {prompt, responses, ids} and, for a cost model, unsafe; the last three have an entry per response.
-
-    The better response is first for a reward model, the more harmful one for a cost model.
-    """
-    rows, source, cost = load_rows(name, split, flag), f"{flag} {name}", args.kind == "cost"
-    prompts, *responses = (read_column(rows, column, source) for column in ("prompt", "response_0", "response_1"))
-    labels = read_column(rows, "safer_response_id" if cost else "better_response_id", source, labels=True)
-    safe = [read_column(rows, f"is_response_{i}_safe", source, labels=True) for i in (0, 1) if cost]
-    ids, pairs = [encode(tokenizer, args.prompt_template, prompts, texts) for texts in responses], []
-    for row, prompt in enumerate(prompts):
-        order = (1, 0) if int(labels[row]) != cost else (0, 1)
-        both = {"responses": [responses[i][row] for i in order], "ids": [ids[i][row][: args.max_length] for i in order]}
-        pairs.append({"prompt": prompt} | both | ({"unsafe": [not safe[i][row] for i in order]} if cost else {}))
+    """Pairs as {prompt, responses, ids, unsafe}; of a pair the better one (reward) or less safe one (cost) first."""
+    pairs, reward, source = [], args.kind == "reward", f"{flag} {name}"
+    for example in load_examples(args, name, split, flag, tokenizer, (args.max_length, args.max_length), (2,)):
+        chosen = read_label(example["row"], "better_response_id" if reward else "safer_response_id", source)
+        order = (chosen, 1 - chosen) if reward else (1 - chosen, chosen)
+        columns = {"responses": example["responses"], "ids": [x + y for x, y in example["ids"]]}
+        if not reward:
+            columns["unsafe"] = [not read_label(example["row"], f"is_response_{i}_safe", source) for i in (0, 1)]
+        pairs.append(
+            {"prompt": example["prompt"]} | {key: [column[i] for i in order] for key, column in columns.items()}
+        )
     return pairs
 
 
-def load_model(cls, name, flag, *, mesh, dtype, longest, config=None, unused=(), cpu_offload=False, loading=None):
-    """A model of the library's class `cls` in evaluation mode, sharded by FSDP2. Rank 0 alone reads its weights.
+def read_label(row: dict, column: str, source: str) -> int:
+    """A label of PKU-SafeRLHF's columns, 0 or 1; of preference data, where the chosen response is the first, alike."""
+    safe = {f"is_response_{i}_safe": row.get(f"is_{name}_safe") for i, name in enumerate(("chosen", "rejected"))}
+    value = ({"better_response_id": 0, "safer_response_id": 0} | safe | row if "chosen" in row else row).get(column)
+    if value not in (0, 1):
+        raise UserError(f"{source}: a row has {value!r} as '{column}', not 0 or 1; its columns are {', '.join(row)}")
+    return int(value)
 
-    longest: tokens of the longest text. unused: prefixes of weight names that may be missing or left over.
-    """
+
+def load_model(cls, name, flag, mesh, dtype, longest, tokenizer, config=None, unused=(), offload=False, loading=None):
+    """A model of the class `cls`, sharded by FSDP2: a block is gathered while it computes. Rank 0 alone reads weights.
+
+    longest: tokens of the longest text; unused: prefixes of weights that may be missing or left over."""
     loading = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True} | (loading or {})
     try:
         config = config or AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -404,44 +472,38 @@ def load_model(cls, name, flag, *, mesh, dtype, longest, config=None, unused=(),
             with torch.device("meta"):
                 model = cls.from_config(config, dtype=loading["dtype"])
     except Exception as error:
-        raise UserError(f"{flag} {name} cannot be loaded: {error}") from None
+        raise UserError(f"{flag} {name} cannot be loaded: {str(error)[:400]}") from None
     if dtype == torch.bfloat16 and longest <= 128 and mesh.device_type == "cpu":
         model.set_attn_implementation("eager")  # the fused kernel's backward pass is slow there on short texts
-    shard(model, mesh, dtype, cpu_offload)
-    return model.eval()
-
-
-def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool) -> None:
-    """FSDP2: each transformer block is gathered when it computes, the rest with the root; gradients are in float32."""
     weights = model.state_dict() if dist.get_rank() == 0 else {}
     # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
     buffers = [(key, buffer) for key, buffer in model.named_buffers() if key not in weights]
-    extra = [buffers, getattr(model, "generation_config", None)]
-    dist.broadcast_object_list(extra)
+    dist.broadcast_object_list(extra := [buffers, getattr(model, "generation_config", None)])
     buffers, model.generation_config = extra
     model.to_empty(device="meta")
     model.tie_weights()  # moving a model to another device unties its tied weights
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
     blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if sum(parameter.numel() for parameter in model.parameters()) < 2**28:  # small: every rank has a copy, in FSDP2's
-        blocks, shape = [], (dist.get_world_size(), 1)  # terms sharded over one rank and replicated over all
-        mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
-    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
-    for unit in [*blocks, model]:
-        fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32), offload_policy=offload)
-    model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    policies = dict(
+        mp_policy=MixedPrecisionPolicy(dtype, torch.float32), reshard_after_forward=True
+    )  # float32 gradients
+    policies["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+    for unit in [*reversed(blocks), model]:  # a block within a block comes first
+        fully_shard(unit, mesh=mesh, **policies)
+    model.to_empty(device="cpu" if offload else mesh.device_type)
     model.tie_weights()
-    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp_state.set_model_state_dict(model, weights, options=options)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     for key, buffer in buffers:
-        module, _, name = key.rpartition(".")
-        setattr(model.get_submodule(module), name, buffer.to(mesh.device_type))
-
-
-def reshard(model: nn.Module) -> None:
-    """Give back the memory of gathered parameters: without a backward pass FSDP2 keeps those of the root."""
-    for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
-        unit.reshard()
+        model.get_buffer(key).copy_(buffer)
+    for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+        embedding.padding_idx = None  # the library would never train this row, even where it is that of EOS, too
+    model.vocabulary = max(tokenizer.get_vocab().values()) + 1  # the ids of tokens; an embedding may have more rows
+    ids = torch.tensor(encode(tokenizer, ["How are you?"])).to(mesh.device_type)
+    with torch.no_grad():
+        readings = [model.train(mode)(input_ids=ids).logits.nan_to_num() for mode in (True, False)]
+    if (readings[0] - readings[1]).abs().max() > 0.01 * readings[1].abs().max():  # no field above switched it off
+        raise UserError(f"{flag} {name} reads a text differently in training mode: set its dropout or noise to zero")
+    return model
 
 
 def load_score_model(name, flag, *, head_seed=None, loading=None, **options):
@@ -450,14 +512,13 @@ def load_score_model(name, flag, *, head_seed=None, loading=None, **options):
     architecture = (config.architectures or ["model"])[0]
     if architecture.endswith("ForScore"):  # Safe RLHF's class (arXiv 2310.12773): the head has another name
         loading, unused = loading | {"key_mapping": {r"^score_head\.": "score."}}, ("normalizer.",)
-    elif not architecture.endswith("Classification"):
-        unused = ("lm_head.", "score.")
-        if head_seed is None:
-            raise UserError(f"{flag} {name} is a {architecture} without a score head; give a score model")
+    elif not architecture.endswith("Classification") and head_seed is not None:
+        unused = ("lm_head.", "embed_out.", "score.")
         torch.manual_seed(head_seed)
-    elif config.num_labels != 1:
-        raise UserError(f"{flag} {name} has {config.num_labels} labels; a score model has one")
-    config.num_labels, biased = 1, architecture.endswith(("ForTokenClassification", "ForScore"))
+    elif not architecture.endswith("Classification") or config.num_labels != 1:
+        raise UserError(f"{flag} {name} is a {architecture} of {config.num_labels} labels; give a score model, of one")
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    biased = architecture.endswith(("ForTokenClassification", "ForScore"))
     cls = getattr(transformers, f"AutoModelFor{'Token' if biased else 'Sequence'}Classification")
     model = load_model(cls, name, flag, config=config, unused=unused, loading=loading, **options)
     if not hasattr(model, "score"):
@@ -468,15 +529,12 @@ def load_score_model(name, flag, *, head_seed=None, loading=None, **options):
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """Write safetensors, configuration and tokenizer: under another name first, then renamed: never half-written."""
-    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp_state.get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         beside = folder.with_name(folder.name + ".part")
         once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights have two names
         model.config.pad_token_id = tokenizer.pad_token_id
         state = {name: value for name, value in state.items() if name in once}
-        if not all(value.isfinite().all() for value in state.values()):
-            raise UserError(f"the weights for {folder} are not finite; lower --learning-rate")
         model.save_pretrained(beside, state_dict=state, save_original_format=not hasattr(model, "score"))
         tokenizer.save_pretrained(beside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -489,10 +547,7 @@ MAY_CHANGE = "output_dir resume save_every eval_every track micro_batch_size gra
 
 
 def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
-    """Lock the output directory while rank 0 lives. Returns it, the newest checkpoint's state and TensorBoard's writer.
-
-    The state is {} without a checkpoint and None if the run is finished. Logs are cut back to the checkpoint.
-    """
+    """The locked output directory, its newest checkpoint's state ({}: none, None: finished), TensorBoard's writer."""
     folder = Path(args.output_dir or f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     found, writer = [folder, None], None
     if args.resume and args.output_dir is None:
@@ -507,7 +562,7 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
         except OSError as error:
             raise UserError(f"--output-dir {folder} is in use by another process or not writable: {error}") from None
         flags, now = folder / "args.json", json.loads(json.dumps(asdict(args)))  # tuples are lists in JSON
-        held = [p.name for p in folder.iterdir() if p.stat().st_size > 0 and p.name not in ("args.json", "tensorboard")]
+        held = [p.name for p in folder.iterdir() if p.lstat().st_size and p.name not in ("args.json", "tensorboard")]
         if held and not (args.resume and flags.exists()):
             raise UserError(f"--output-dir {folder} holds a run ({held[0]}); take another, or continue it by --resume")
         before = json.loads(flags.read_text(encoding="utf-8")) if held else now
@@ -522,8 +577,8 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
                 state = json.loads((place / "state.json").read_text(encoding="utf-8"))
                 state |= {"checkpoint": str(place), "step": int(place.name)}
             for name in LOGS:
-                (folder / name).touch()
-                os.truncate(folder / name, state.get(name, 0))
+                with (folder / name).open("ab") as file:
+                    file.truncate(state.get(name, 0))  # what came after the checkpoint comes again
             if args.track:
                 import wandb
 
@@ -539,7 +594,6 @@ def training_state(trained: dict, optimizers: dict) -> dict[str, Tensor]:
     """Weights and AdamW's moments of the trained models by name; loading a checkpoint fills these tensors in place."""
     tensors = {}
     for name, model in trained.items():
-        reshard(model)
         for key, weight in model.named_parameters():
             state = optimizers[name].state[weight]
             if not state:  # as AdamW begins
@@ -556,11 +610,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    # A rank copies a whole file to CPU memory before it writes it, so the files must not be large.
-    files = 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // 2**34
-    numbers = {name: 1 + i * files // len(tensors) for i, name in enumerate(tensors)}
-    writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
     if dist.get_rank() == 0:
         state |= {name: (folder / name).stat().st_size for name in LOGS}
         (beside / "state.json").write_text(json.dumps(state), encoding="utf-8")

@@ -16,31 +16,30 @@ starts from. With r(y) = log π_θ(y | x) - log π_ref(y | x) a stage minimises 
 where b is β (--beta) if the stage is about helpfulness and β/λ (--beta-over-lambda) if it is about safety, in either
 order. P-SACPO gives policies between the stages without training: weights (1 - q) θ_stage1 + q θ_stage2.
 
-Sources: SACPO and P-SACPO (Wachi et al., NeurIPS 2024, arXiv 2404.11049); DPO (Rafailov et al., arXiv 2305.18290); KTO
-(Ethayarajh et al., arXiv 2402.01306).
+Sources: SACPO, P-SACPO (Wachi et al., NeurIPS 2024, arXiv 2404.11049); DPO (arXiv 2305.18290); KTO (arXiv 2402.01306).
 
 Without flags it runs on the embedded toy world: on a laptop, offline, in about a minute. At the paper's scale:
 
-    torchrun --nproc_per_node 8 sacpo.py --model PKU-Alignment/alpaca-7b-reproduced \
+    torchrun --nproc_per_node 8 sacpo.py --model PKU-Alignment/alpaca-7b-reproduced --train-size 0 --epochs 3 \
         --dataset PKU-Alignment/PKU-SafeRLHF-30K --eval-dataset PKU-Alignment/PKU-SafeRLHF-30K \
-        --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" \
-        --stages helpful safe --loss dpo --beta 0.1 --beta-over-lambda 0.025 --merge-q 0.25 0.5 0.75 \
-        --train-size 0 --epochs 3 --batch-size 256 --micro-batch-size 16 --learning-rate 2e-5 \
-        --max-prompt-length 128 --max-length 512 --gradient-checkpointing
+        --beta 0.1 --beta-over-lambda 0.025 --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" \
+        --merge-q 0.25 0.5 0.75 --batch-size 256 --micro-batch-size 16 --learning-rate 2e-5 --max-prompt-length 128
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ...     # on each node
 """
 
-import datetime
 import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
+from operator import eq
 from pathlib import Path
 from typing import Literal
 
@@ -52,9 +51,8 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -76,11 +74,12 @@ class Args:
     model: str = str(TOY / "policy")  # language model after supervised fine-tuning: the policy and first reference
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; auto: bfloat16 where the hardware has it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    dataset: str = str(TOY / "data" / "train.parquet")  # training pairs: jsonl, json, csv, parquet, folder or Hub id
+    dataset: tuple[str, ...] = (str(TOY / "data" / "train.parquet"),)  # training pairs, for all stages or one per stage
+    dataset_config: str | None = None  # configuration (subset) of --dataset and --eval-dataset, such as a Hub id has
     dataset_split: str = "train"  # split of the training pairs, or a slice such as train[:1000]
-    eval_dataset: str = str(TOY / "data" / "test.parquet")  # held-out pairs
+    eval_dataset: tuple[str, ...] = (str(TOY / "data" / "test.parquet"),)  # held-out pairs, in the same way
     eval_split: str = "test"  # split of the held-out pairs
-    train_size: int = 8192  # training pairs at most, drawn at random, the same in both stages; 0 takes all
+    train_size: int = 8192  # training pairs at most, drawn at random, the same from the same data; 0 takes all
     prompt_template: str = "{prompt}"  # text around a prompt, directly before the response; "chat": the tokenizer's own
     max_prompt_length: int = 64  # tokens; pairs with longer prompts are dropped
     max_length: int = 512  # tokens of prompt and response together; longer texts lose their end
@@ -105,14 +104,11 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
 
 
-def kto_loss(
-    logprobs: Tensor, ref_logprobs: Tensor, desirable: Tensor, z_0: float, beta: float, w_d: float, w_u: float
-) -> Tensor:
+def kto_loss(logprobs, ref_logprobs, desirable, z_0: float, beta: float, w_d: float, w_u: float) -> Tensor:
     """Kahneman-Tversky optimization (arXiv 2402.01306): the loss of each response, judged by itself against z_0.
 
-    logprobs, ref_logprobs: log π(y | x) in nats; desirable: KTO's labels; all of one shape. z_0: the reference point,
-    one number for the global batch, without gradient. w_d, w_u: weights of (un)desirable responses.
-    """
+    logprobs, ref_logprobs: log π(y | x) in nats; desirable: KTO's labels; tensors of one shape. z_0: the reference
+    point, one number for the global batch, without gradient. w_d, w_u: weights of (un)desirable responses."""
     log_ratio = logprobs - ref_logprobs
     desirable_loss = w_d * (1 - F.sigmoid(beta * (log_ratio - z_0)))
     undesirable_loss = w_u * (1 - F.sigmoid(beta * (z_0 - log_ratio)))
@@ -120,24 +116,27 @@ def kto_loss(
 
 
 def mismatch(batch: list[dict], max_length: int) -> list[dict]:
-    """Each pair's responses after the batch's next different prompt, for KTO's z_0; [] if all prompts are equal."""
+    """Each pair's responses after the prompts of the next pair with others, for KTO's z_0; [] if it has none."""
     crossed = []
-    for i, pair in enumerate(batch if len({pair["prompt"] for pair in batch}) > 1 else []):
-        other = next(other for other in batch[i:] + batch[:i] if other["prompt"] != pair["prompt"])
+    for i, pair in enumerate(batch):
+        others = (other for other in batch[i:] + batch[:i] if not any(map(eq, other["prompts"], pair["prompts"])))
+        if not (other := next(others, None)):
+            return []
         ids = [(x, y[: max_length - len(x)]) for (x, _), (_, y) in zip(other["ids"], pair["ids"], strict=True)]
-        crossed.append(pair | {"prompt": other["prompt"], "ids": ids})
+        crossed.append(pair | {"prompts": other["prompts"], "ids": ids})
     return crossed
 
 
 def response_logprobs(policy, ids: Tensor, mask: Tensor, length: int, temperature: float) -> Tensor:
     """Log-probabilities of the last `length` tokens under the tempered distribution, [batch, length]."""
     inputs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False)
-    logits = policy(input_ids=ids, logits_to_keep=length + 1, **inputs).logits[:, :-1]  # [batch, length, vocabulary]
+    logits = policy(input_ids=ids, logits_to_keep=length + 1, **inputs).logits[:, :-1, : policy.vocabulary]
     # A few positions at a time, recomputed in the backward pass: float32 logits of a whole batch would take gigabytes.
     # On a CPU, smaller chunks are fastest because they stay in its cache.
     step = max(1, (2**24 if logits.is_cuda else 2**20) // (logits.shape[0] * logits.shape[2]))
     chunks = zip(logits.split(step, 1), ids[:, -length:].split(step, 1), strict=True)
-    return torch.cat([checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks], 1)
+    parts = [checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks]
+    return torch.cat(parts, 1).masked_fill(mask[:, -length:] == 0, 0.0)  # a logit at padding may be infinite
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -152,8 +151,8 @@ def pair_logprobs(policy, tokenizer, pairs: list[dict]) -> Tensor:
     prompt_ids, prompt_mask = pad(tokenizer, prompts, "left", policy.device)
     response_ids, mask = pad(tokenizer, responses, "right", policy.device)
     ids, attention_mask = torch.cat([prompt_ids, response_ids], 1), torch.cat([prompt_mask, mask], 1)
-    logprobs = response_logprobs(policy, ids, attention_mask, mask.shape[1], 1.0)  # [2 pairs, response]
-    return logprobs.masked_fill(mask == 0, 0.0).sum(1).unflatten(0, (-1, 2))
+    logprobs = response_logprobs(policy, ids, attention_mask, mask.shape[1], 1.0)  # [2 pairs, response], 0 at padding
+    return logprobs.sum(1).unflatten(0, (-1, 2))
 
 
 @torch.no_grad()
@@ -161,91 +160,90 @@ def all_logprobs(policy, tokenizer, pairs: list[dict], micro_batch_size: int) ->
     """pair_logprobs of many pairs, [pairs, 2]: every rank reads its share, and all get the whole."""
     rank, world, count = dist.get_rank(), dist.get_world_size(), len(pairs)
     order = torch.tensor([max(len(x) + len(y) for x, y in pair["ids"]) for pair in pairs]).argsort(stable=True)
-    # FSDP2 needs equally many passes from each rank, so the last pairs of some are repeats, which do not count.
-    places = torch.arange(rank, rank + math.ceil(count / world) * world, world)
-    parts = order[places % count].split(micro_batch_size)  # texts of similar length together: little padding
-    values = torch.cat([pair_logprobs(policy, tokenizer, [pairs[row] for row in rows]) for rows in parts])
-    logprobs, own = torch.zeros(count, 2, device=policy.device), places < count
-    logprobs[order[places[own]]] = values[own]
-    dist.all_reduce(logprobs)
-    reshard(policy)
+    # FSDP2 needs equally many passes from each rank, so the last pairs of some are repeats.
+    mine = order[torch.arange(rank, rank + math.ceil(count / world) * world, world) % count]
+    logprobs = torch.full((count, 2), -math.inf, device=policy.device)
+    for rows in mine.split(micro_batch_size):  # texts of similar length together: little padding
+        logprobs[rows] = pair_logprobs(policy, tokenizer, [pairs[row] for row in rows])
+    dist.all_reduce(logprobs, dist.ReduceOp.MAX)
     return logprobs
 
 
 def main(args: Args, device: torch.device, mesh) -> int:
-    start_time = time.time()
-    rank, world = dist.get_rank(), dist.get_world_size()
+    start_time, rank, world = time.time(), dist.get_rank(), dist.get_world_size()
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # the instruction sets it supports
     fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if fast else "float32"
-    losses = args.loss * len(args.stages) if len(args.loss) == 1 else args.loss
-    if not 0 < len(set(args.stages)) == len(args.stages) == len(losses) or len(args.stages) < 1 + bool(args.merge_q):
-        raise UserError("--stages takes helpful, safe or both, each once; --loss one, or one per stage; --merge-q both")
+    given, count = (args.stages, args.loss, args.dataset, args.eval_dataset), len(args.stages)
+    given = [values * count if len(values) == 1 else values for values in given]  # one for all stages, or one per stage
+    if {count} != {len(set(args.stages)), *map(len, given)} or count < 1 + bool(args.merge_q):
+        raise UserError(
+            "--stages takes helpful, safe or both; --loss and the data sets one or one each; --merge-q both"
+        )
 
     # ---- Pairs, output directory, model
     say(f"loading data and model; computing in {args.dtype} on {device.type}")
-    tokenizer = load_tokenizer(args.model, "--model")
-    train_pairs = load_pairs(args, args.dataset, args.dataset_split, "--dataset", tokenizer, losses, args.train_size)
-    eval_pairs = load_pairs(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer, losses)
-    count = len(train_pairs[args.stages[0]])
-    least = 2 if "kto" in losses else 1
+    tokenizer, loaded = load_tokenizer(args.model, "--model", args.prompt_template), {}
+    train_pairs, eval_pairs = {}, {}
+    for preference, loss_name, name, eval_name in zip(*given, strict=True):
+        settings = (preference, loss_name, tokenizer, loaded)
+        train_pairs[preference] = load_pairs(args, name, args.dataset_split, "--dataset", *settings)
+        eval_pairs[preference] = load_pairs(args, eval_name, args.eval_split, "--eval-dataset", *settings)
+    count, least = min(map(len, train_pairs.values())), 2 if "kto" in args.loss else 1
     if args.batch_size % world or not least <= args.batch_size <= count or min(args.epochs, args.micro_batch_size) < 1:
         limits = f"a multiple of {world} (processes) from {least} to {count} (training pairs)"
         raise UserError(f"--batch-size must be {limits}, --micro-batch-size and --epochs at least 1")
-    for preference, loss_name in zip(args.stages, losses, strict=True):
-        if loss_name == "kto" and len({label for pair in train_pairs[preference] for label in pair["desirable"]}) < 2:
-            raise UserError("--dataset has only safe or only unsafe responses, and the loss kto needs both; use dpo")
     folder, saved, writer = open_run(args)
     if saved is None:
         say(f"the run in {folder} is finished")
         return 0
-    ids = [ids for pairs in (train_pairs, eval_pairs) for pair in pairs[args.stages[0]] for ids in pair["ids"]]
+    ids = [ids for pairs in [*train_pairs.values(), *eval_pairs.values()] for pair in pairs for ids in pair["ids"]]
     longest = max(len(x) + len(y) for x, y in ids)
-    if "kto" in losses:  # z_0 is read on other combinations
+    if "kto" in args.loss:  # z_0 is read on other combinations
         longest = min(args.max_length, max(len(x) for x, _ in ids) + max(len(y) for _, y in ids))
-    options = dict(mesh=mesh, dtype=getattr(torch, args.dtype), longest=longest)
-    policy = load_model(AutoModelForCausalLM, args.model, "--model", **options).train()  # there is no dropout
+    options = dict(mesh=mesh, dtype=getattr(torch, args.dtype), longest=longest, tokenizer=tokenizer)
+    start = str(folder / "stage1") if saved.get("results") else args.model
+    policy = load_model(AutoModelForCausalLM, start, "--model", **options).train()  # there is no dropout
+    policy.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, tokenizer.end_id})  # as it learns to end
     if args.gradient_checkpointing:
         (getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable)()
     local, size = args.batch_size // world, args.micro_batch_size
     local_rows = slice(rank * local, (rank + 1) * local)  # this rank's part of a global batch
-    steps_per_epoch = count // args.batch_size
-    steps = args.epochs * steps_per_epoch
-    stages_done, done = divmod(saved.get("step", 0), steps)
+    steps_before, steps = 0, 0  # of the stages before; of this stage
     skipped, skipped_in_a_row = saved.get("skipped", 0), saved.get("skipped_in_a_row", 0)
     start_time, results = start_time - saved.get("seconds", 0.0), saved.get("results", [])
     stop, alone = [], "RANK" not in os.environ  # SIGTERM and the first Ctrl-C save and stop; torchrun repeats Ctrl-C
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: os._exit(130) if stop and alone else stop.append(number))
 
-    for stage, preference, loss_name in list(zip((1, 2), args.stages, losses, strict=False))[stages_done:]:
+    for stage, (preference, loss_name, *_) in enumerate(zip(*given, strict=True), 1):
+        steps_before += steps
+        pairs, held_out, batches = train_pairs[preference], eval_pairs[preference], []
+        steps_per_epoch = len(pairs) // args.batch_size
+        steps = args.epochs * steps_per_epoch
+        done = max(0, saved.get("step", 0) - steps_before)  # steps of this stage
+        if done >= steps:
+            continue
+
         # 1. The batches of this stage: a new order every epoch, whose last incomplete batch is left out
         beta = args.beta if preference == "helpful" else args.beta_over_lambda
-        pairs, held_out, batches = train_pairs[preference], eval_pairs[preference], []
         for epoch in range(args.epochs):
-            order = torch.randperm(count, generator=random_generator(args.seed, "pairs", preference, epoch))
+            order = torch.randperm(len(pairs), generator=random_generator(args.seed, "pairs", preference, epoch))
             batches += order[: steps_per_epoch * args.batch_size].split(args.batch_size)
         labels = [label for pair in pairs for label in pair["desirable"]]
         w_undesirable = sum(labels) / (len(labels) - sum(labels))  # desirable responses per undesirable one
 
         # 2. The reference is the policy that the stage starts from: read once, before the first update
         say(f"stage {stage}: reading the log-probabilities of the reference")
-        shapes = {"pairs": (len(pairs), 2), "held_out": (len(held_out), 2)}
-        shapes |= {"crossed": (len(batches), args.batch_size, 2)} if loss_name == "kto" else {}
-        reference = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
-        stored = {f"reference.{name}": value for name, value in reference.items()}
+        crossed = [mismatch([pairs[i] for i in batch], args.max_length) for batch in batches if loss_name == "kto"]
+        reference, held_out_reference = (all_logprobs(policy, tokenizer, some, size) for some in (pairs, held_out))
+        crossed_reference = [all_logprobs(policy, tokenizer, texts, size) if texts else None for texts in crossed]
         group = {"params": list(policy.parameters()), "initial_lr": args.learning_rate}
         adam = dict(lr=args.learning_rate, weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
         trained, optimizers = {"policy": policy}, {"policy": torch.optim.AdamW([group], **adam)}
         if done:
             reader = dcp.HuggingFaceStorageReader(saved["checkpoint"])
-            dcp.load(training_state(trained, optimizers) | stored, storage_reader=reader)
-        else:
-            reference["pairs"].copy_(all_logprobs(policy, tokenizer, pairs, size))
-            reference["held_out"].copy_(all_logprobs(policy, tokenizer, held_out, size))
-            for batch, logprobs in zip(batches, reference.get("crossed", ()), strict=False):
-                if crossed := mismatch([pairs[i] for i in batch], args.max_length):
-                    logprobs.copy_(all_logprobs(policy, tokenizer, crossed, size))
+            dcp.load(training_state(trained, optimizers), storage_reader=reader)
         warmup = min(math.ceil(args.warmup_ratio * steps), steps - 1)  # the first warm-up step has rate 0
         schedule = get_cosine_schedule_with_warmup(optimizers["policy"], warmup, steps, last_epoch=done - 1)
 
@@ -254,17 +252,17 @@ def main(args: Args, device: torch.device, mesh) -> int:
         for step in bar:
             # 3. KTO's reference point, over the global batch
             batch, z_0, log_ratio_sum = batches[step - 1], 0.0, 0.0
-            if loss_name == "kto" and (crossed := mismatch([pairs[i] for i in batch], args.max_length)):
+            if loss_name == "kto" and crossed[step - 1]:
                 for rows in torch.arange(args.batch_size)[local_rows].split(size):
                     with torch.no_grad():
-                        logprobs = pair_logprobs(policy, tokenizer, [crossed[row] for row in rows])
-                    log_ratio_sum += (logprobs - reference["crossed"][step - 1][rows]).sum().item()
+                        logprobs = pair_logprobs(policy, tokenizer, [crossed[step - 1][row] for row in rows])
+                    log_ratio_sum += (logprobs - crossed_reference[step - 1][rows]).sum().item()
                 z_0 = max(0.0, global_sum(z_0=log_ratio_sum)["z_0"] / (2 * args.batch_size))
 
             # 4. Losses and gradients. FSDP averages gradients over ranks; the factor `world` makes that a sum
             sums = dict.fromkeys(("loss", "pair_accuracy", "chosen_log_ratio", "rejected_log_ratio"), 0.0)
             for rows in batch[local_rows].split(size):
-                chunk, ref = [pairs[row] for row in rows], reference["pairs"][rows]  # [rows, 2]
+                chunk, ref = [pairs[row] for row in rows], reference[rows]  # [rows, 2]
                 logprobs = pair_logprobs(policy, tokenizer, chunk)  # [rows, 2]
                 if loss_name == "dpo":
                     loss = dpo_loss(*logprobs.unbind(1), *ref.unbind(1), beta)  # [rows]
@@ -296,29 +294,27 @@ def main(args: Args, device: torch.device, mesh) -> int:
             metrics = {f"stage{stage}": figures | ({"z_0": z_0} if loss_name == "kto" else {})}
             schedule.step()
             if step % steps_per_epoch == 0:
-                log_ratios = all_logprobs(policy, tokenizer, held_out, size) - reference["held_out"]  # [pairs, 2]
+                log_ratios = all_logprobs(policy, tokenizer, held_out, size) - held_out_reference  # [pairs, 2]
                 chosen, rejected = log_ratios.unbind(1)
                 result = {"pair_accuracy": (chosen > rejected).float().mean().item()}
                 result |= {"chosen_log_ratio": chosen.mean().item(), "rejected_log_ratio": rejected.mean().item()}
                 metrics[f"stage{stage}"] |= {f"eval_{name}": value for name, value in result.items()}
             place = {"stage": stage, "preference": preference, "step": step, "epoch": step / steps_per_epoch}
-            log_metrics(folder, writer, (stage - 1) * steps + step, place, metrics)
+            log_metrics(folder, writer, steps_before + step, place, metrics)
 
             # 7. Save what the run needs to continue
             if step < steps and (stopped or (args.save_every and step % args.save_every == 0)):
                 state = {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "results": results}
                 state |= {"seconds": time.time() - start_time}
-                save_checkpoint(folder, (stage - 1) * steps + step, training_state(trained, optimizers) | stored, state)
+                save_checkpoint(folder, steps_before + step, training_state(trained, optimizers), state)
                 if stopped:
                     say(f"stopped in stage {stage} after step {step}; to continue, add --resume --output-dir {folder}")
                     return 128 + (stop or [signal.SIGTERM])[0]  # the status that shells give to the signal
 
-        done = 0
         save_model(policy, tokenizer, folder / f"stage{stage}")
-        results.append({"preference": preference, "loss": loss_name, "beta": beta, "eval": result})
-        shown = [{name: value for name, value in pair.items() if name != "ids"} for pair in held_out]
-        rows = [place | pair | {"log_ratios": row} for pair, row in zip(shown, log_ratios.tolist(), strict=True)]
-        append_json(folder / "eval.jsonl", rows)
+        results.append({"preference": preference, "loss": loss_name, "beta": beta, "pairs": len(pairs), "eval": result})
+        rows = [place | pair | {"log_ratios": row} for pair, row in zip(held_out, log_ratios.tolist(), strict=True)]
+        append_json(folder / "eval.jsonl", [{name: row[name] for name in row if name != "ids"} for row in rows])
 
     # ---- P-SACPO: each rank mixes its own shards
     if args.merge_q:
@@ -333,9 +329,9 @@ def main(args: Args, device: torch.device, mesh) -> int:
         (folder / "model").symlink_to(f"stage{len(results)}")  # the result of a run has one name in all scripts
         writer.close()
         summary = {"algorithm": "sacpo", "skipped_updates": skipped, "stages": results, "eval_pairs": len(held_out)}
-        data, merged = {"dataset": count, "eval_dataset": len(held_out)}, [f"merged/q{q:g}" for q in args.merge_q]
-        summary |= {"data": data, "merged": merged}
-        summary |= environment(args, device, start_time, "pairs", len(results) * steps * args.batch_size)
+        summary["data"] = {"dataset": count, "eval_dataset": len(held_out)}
+        summary["merged"] = [f"merged/q{q:g}" for q in args.merge_q]
+        summary |= environment(args, device, start_time, "pairs", (steps_before + steps) * args.batch_size)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
         for result in results:
             figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result["eval"].items())
@@ -376,23 +372,20 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    options["timeout"] = datetime.timedelta(hours=2)  # rank 0 may be downloading while the others wait
+    options["timeout"] = 4 * dist.constants.default_pg_timeout  # 2 hours: rank 0 may be downloading
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
     sys.excepthook = report
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if 1 < local < world:  # shard inside a node, replicate across nodes
-        return device, init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
-    return device, init_device_mesh(device.type, (world,))
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+        raise UserError("srun starts several tasks, which do not find each other; start one per node, each by torchrun")
+    for library in (transformers, datasets):
+        library.logging.set_verbosity(50)  # critical
+        library.utils.logging.disable_progress_bar()
+    return device, dist.init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def random_generator(*key) -> torch.Generator:
     """A separate generator per use, keyed by seed, use and iteration: no draw depends on earlier ones."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1)
 
 
 def global_sum(**values) -> dict[str, float]:
@@ -402,64 +395,137 @@ def global_sum(**values) -> dict[str, float]:
     return dict(zip(values, total.tolist(), strict=True))
 
 
-def load_rows(name: str, split: str, flag: str) -> datasets.Dataset:
-    """The rows of a jsonl, json, csv or parquet file, of a folder of such files, or of a dataset of the Hub."""
+# Formats of data by the columns that hold responses, or dialogues that end in them; the first whose columns are there
+FORMATS = {"PKU-SafeRLHF": ("response_0", "response_1"), "preference": ("chosen", "rejected"), "Alpaca": ("output",)}
+FORMATS |= {"ShareGPT": ("conversations",)} | {n: (n,) for n in ("completion", "messages", "response")} | {"prompt": ()}
+
+
+def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[list[dict], str, str]:
+    """Rows of a jsonl, json, csv or parquet file, a folder of such files or a Hub dataset; their format; file names."""
     try:
-        source = {"path": name}  # a path that exists is a path; anything else is a Hub id
-        if os.path.isfile(name):
+        source, part = {"path": name, "name": config}, split.split("[")[0]
+        if os.path.isfile(name):  # a path that exists is a path; anything else is a Hub id
             suffix = Path(name.lower().removesuffix(".gz")).suffix.replace("jsonl", "json")[1:]
             if suffix not in ("json", "csv", "parquet"):
                 raise ValueError("a data file ends in .jsonl, .json, .csv or .parquet")
-            source = {"path": suffix, "data_files": {split.split("[")[0]: name}}
-        rows = datasets.load_dataset(**source, split=split)
-        next(iter(rows))
+            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", name)}}  # it is no pattern
+        with tempfile.TemporaryDirectory() as fresh:  # the library's cache may hold what a file held before
+            builder = datasets.load_dataset_builder(**source, cache_dir=fresh if os.path.exists(name) else None)
+            builder.config.keep_default_na = False  # "None" and "NA" in a csv file are texts
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split).to_list()
+        form = next(form for form, columns in FORMATS.items() if rows[0].keys() >= {*columns})
     except Exception as error:
-        reason = error.__cause__ or str(error) or "no rows"
-        place = "" if os.path.exists(name) else " (no path)"
+        place, reason = "" if os.path.exists(name) else " (no path)", error.__cause__ or str(error) or "no rows"
         raise UserError(f"{flag} {name}{place}: split '{split}' cannot be read: {reason}") from None
-    return rows
+    files = [os.path.basename(file) for file in (builder.config.data_files or {}).get(part, [split])]
+    return rows, form, ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
-def read_column(rows: datasets.Dataset, column: str, source: str, labels: bool = False) -> list:
-    """A column of texts, none of them empty, or of labels 0 and 1; source: flag and name of the data."""
-    if column not in rows.column_names:
-        raise UserError(f"{source}: no column '{column}'; the columns are {', '.join(rows.column_names)}")
-    for row, value in enumerate(values := rows[column][:]):
-        if value not in (0, 1) if labels else not (isinstance(value, str) and value.strip()):
-            needed = "0 or 1" if labels else "a text"
-            raise UserError(f"{source}: row {row} has {str(value)[:80]!r} as '{column}', where {needed} is needed")
-    return values
+def as_messages(value, role: str) -> list[dict[str, str]]:
+    """Messages {role, content} of a list of them, also ShareGPT's, of hh-rlhf's text, or of one text of `role`."""
+    if isinstance(value, str):
+        parts = re.split(r"\s*\n\n(Human|Assistant): *", value) if value[:8] == "\n\nHuman:" else ["", role, value]
+        value = [{"role": name, "content": text} for name, text in zip(parts[1::2], parts[2::2], strict=True)]
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
+    roles = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
+    turns = [{"role": roles.get(name, name), "content": text if isinstance(text, str) else ""} for name, text in turns]
+    return turns[: max((i for i, turn in enumerate(turns, 1) if turn["content"].strip()), default=0)]  # ends in text
 
 
-def load_tokenizer(name: str, flag: str) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer beside a model. One without a pad token pads with EOS: masks, not ids, mark the padding."""
+def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limits, counts=()) -> list[dict]:
+    """Rows as {prompt: text or messages, head: its tokens, responses, ids: (prompt, response) tokens of each, row}.
+
+    limits: tokens of prompts, and of texts, where responses are cut; counts: of responses per row, () ignores them."""
+    rows, form, files = load_rows(name, args.dataset_config, split, flag)
+    names, column, examples, dropped = FORMATS[form], getattr(args, "prompt_column", "prompt"), {}, []
+    special, kept, cut = re.compile("|".join(map(re.escape, {tokenizer.eos_token, *tokenizer.special.values()}))), [], 0
+    for number, row in enumerate(rows):
+        alpaca = [row[name] for name in ("instruction", "input") if row.get(name)]
+        prompt = as_messages(row.get(column, " ".join(map(str, alpaca)) if alpaca[1:] else [*alpaca, ""][0]), "user")
+        dialogues = [as_messages(row[name], "assistant") for name in names] or [[]]
+        ends = [turns.pop()["content"] for turns in dialogues if turns and turns[-1]["role"] == "assistant"]
+        # A dialogue that begins with an answer continues the prompt.
+        heads = [turns if turns and turns[0]["role"] != "assistant" else prompt + turns for turns in dialogues]
+        head, responses = heads[0], ends if counts else []
+        key = number if len(responses) == 2 else str((head, responses))  # pairs may be repeated
+        reasons = {
+            f"of a form that does not fit ({len(names)} responses)": counts and len(names) not in counts,
+            "with an undesirable response": counts == (1,) and row.get("label", True) in (0, None),
+            "without a response at the end": counts and len(ends) < len(names),
+            "whose responses answer different prompts": counts and any(other != head for other in heads),
+            "without a prompt that ends with the user": not head or head[-1]["role"] != "user",
+            "with an empty message": not all(turn["content"].strip() for turn in head if turn["role"] != "system"),
+            "with a special token in the text": special.search("\n".join([t["content"] for t in head] + responses)),
+            "that repeat another": key in examples,
+        }
+        dropped += [reason for reason, holds in reasons.items() if holds][:1]
+        if not any(reasons.values()):
+            examples[key] = {"prompt": head if head[1:] else head[0]["content"], "responses": responses, "row": row}
+    prompts, responses = ([example[name] for example in examples.values()] for name in ("prompt", "responses"))
+    columns = [encode(tokenizer, prompts, texts) for texts in zip(*responses, strict=True)]
+    for example, head, *texts in zip(examples.values(), encode(tokenizer, prompts), *columns, strict=True):
+        starts = [len(os.path.commonprefix([head, text])) for text in texts]  # a token may join prompt and response
+        ids = [(text[:start], text[start : limits[1]]) for text, start in zip(texts, starts, strict=True)]
+        if not 0 < len(head) <= limits[0]:
+            dropped.append(f"with an empty prompt or one over {limits[0]} tokens")
+        elif ids and ((ids[1:] == ids[:1] and len({*example["responses"]}) == 2) or not all(y for _, y in ids)):
+            dropped.append(f"whose responses are empty or equal at {limits[1]} tokens")
+        else:
+            kept.append(example | {"head": head, "ids": ids})
+            cut += sum(len(text) > limits[1] for text in texts)
+    told = f"{flag} {name}: {form} data from {files}, kept {len(kept)} of {len(rows)} rows, cut {cut} texts, dropped "
+    told += ", ".join(f"{dropped.count(reason)} {reason}" for reason in dict.fromkeys(dropped)) or "none"
+    if not kept:
+        raise UserError(f"{told}; the first row is {str(rows[0])[:300]}")
+    say(told)
+    return kept
+
+
+def load_tokenizer(name: str, flag: str, template: str = "{prompt}") -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer beside a model, with its prompt template, special tokens and the id that ends a response added."""
     try:
+        if os.path.exists(os.path.join(name, "adapter_config.json")):
+            raise ValueError("it is an adapter; merge it into its model first")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        AutoConfig.from_pretrained(name, trust_remote_code=False)  # a model with code of its own is refused
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # a model with code of its own is refused
         if tokenizer.eos_token is None:
             raise ValueError("it has no EOS token")
+        tokenizer.special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        tokenizer.template, tokenizer.end_id = template, tokenizer.eos_token_id
+        if template == "chat":  # the first special token behind an answer ends it
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\N{SNOWMAN}"}]
+            tail = tokenizer.apply_chat_template(turns, tokenize=False).partition("\N{SNOWMAN}")[2]
+            ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+            tokenizer.end_id = next((i for i in ids if i in tokenizer.special), tokenizer.eos_token_id)
+        elif "{prompt}" not in template:
+            raise ValueError(f"the prompt template '{template}' has no {{prompt}} in it")
     except Exception as error:
         place = "" if os.path.exists(name) else " (no such path; without toy/ beside the script, give paths or Hub ids)"
         raise UserError(f"{flag} {name}{place}: it cannot be loaded: {error}") from None
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= getattr(config, "vocab_size", sys.maxsize):
+        tokenizer.pad_token = tokenizer.eos_token  # any id in the embedding will do: masks, not ids, mark the padding
     return tokenizer
 
 
-def encode(tokenizer, template: str, prompts: list[str], responses: list[str] | None = None) -> list[list[int]]:
-    """Tokens of prompts in their template ("chat": the tokenizer's own); with responses: prompt, response and EOS."""
-    chat = template == "chat"
+def encode(tokenizer, prompts: list, responses: list[str] | None = None) -> list[list[int]]:
+    """Tokens of prompts (texts or messages) in their template; with responses: prompt, response and end of the turn."""
+    chat, eos, bos = tokenizer.template == "chat", tokenizer.eos_token_id, tokenizer.bos_token_id
+    turns = [prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] for prompt in prompts]
+    if not chat and any(len(messages) > 1 for messages in turns):
+        raise UserError(f"a prompt has several messages; use --prompt-template chat, not '{tokenizer.template}'")
     try:
-        if not chat and "{prompt}" not in template:
-            raise ValueError("it has no {prompt} in it")
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts if chat]
-        texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+        texts = [tokenizer.template.replace("{prompt}", messages[0]["content"]) for messages in turns]
+        if chat and turns:
+            texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        raise UserError(f"the prompt template '{template}' of {tokenizer.name_or_path} fails: {error}") from None
-    texts = texts if chat else [template.replace("{prompt}", prompt) for prompt in prompts]
+        raise UserError(f"the chat template of {tokenizer.name_or_path} fails: {error}") from None
     texts = [text + response for text, response in zip(texts, responses or [""] * len(texts), strict=True)]
-    encoded, eos = tokenizer(texts, add_special_tokens=not chat)["input_ids"], tokenizer.eos_token_id
+    encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"] if texts else []
+    encoded = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]  # the template's BOS and the tokenizer's
     encoded = [ids[:-1] if ids[-1:] == [eos] else ids for ids in encoded]  # some tokenizers end every text in EOS
-    return encoded if responses is None else [[*ids, eos] for ids in encoded]
+    return encoded if responses is None else [[*ids, tokenizer.end_id] for ids in encoded]
 
 
 def pad(tokenizer, texts: list[list[int]], side: str, device) -> tuple[Tensor, Tensor]:
@@ -468,48 +534,47 @@ def pad(tokenizer, texts: list[list[int]], side: str, device) -> tuple[Tensor, T
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
-def load_pairs(args: Args, name: str, split: str, flag: str, tokenizer, losses, size: int = 0) -> dict[str, list[dict]]:
-    """For each preference the same pairs, in the same order; with `size`, so many drawn at random.
+def load_pairs(args: Args, name, split, flag, preference: str, loss: str, tokenizer, loaded: dict) -> list[dict]:
+    """Pairs of a stage as {prompts, responses, ids, desirable}, an entry per response each, the chosen one's first.
 
-    A pair is {prompt, responses, ids, desirable}; the last three have an entry per response, the chosen one's first.
-    ids: tokens of the prompt, tokens of the response with EOS. desirable: KTO's label, 1 or 0.
-    """
-    rows, source, limit = load_rows(name, split, flag), f"{flag} {name}", args.max_prompt_length
-    prompts, *responses = (read_column(rows, column, source) for column in ("prompt", "response_0", "response_1"))
-    heads = encode(tokenizer, args.prompt_template, prompts)
-    kept = [row for row, head in enumerate(heads) if 0 < len(head) <= limit]
-    say(f"{flag}: kept {len(kept)} of {len(rows)} pairs, dropped those with prompts over --max-prompt-length {limit}")
-    if not kept:
-        raise UserError(f"{source}: all prompts are over --max-prompt-length {limit}")
-    if 0 < size < len(kept):
-        drawn = torch.randperm(len(kept), generator=random_generator(args.seed, "subset"))[:size]
-        kept = [kept[i] for i in sorted(drawn.tolist())]
-    encoded, pairs = [{}, {}], {}  # ids of both responses by row
-    for i in (0, 1):
-        texts = [prompts[row] for row in kept], [responses[i][row] for row in kept]
-        for row, ids in zip(kept, encode(tokenizer, args.prompt_template, *texts), strict=True):
-            ids = ids[: args.max_length]  # a tokenizer may join the end of a prompt with what follows
-            start = min(len(os.path.commonprefix([ids, heads[row]])), len(ids) - 1)
-            encoded[i][row] = (ids[:start], ids[start:])
-    for preference, loss in zip(args.stages, losses, strict=True):
-        column = "better_response_id" if preference == "helpful" else "safer_response_id"
-        chosen, pairs[preference] = read_column(rows, column, source, labels=True), []
-        labels = [[1 - value for value in chosen], chosen]  # KTO's, for both responses
-        if (preference, loss) == ("safe", "kto"):
-            labels = [read_column(rows, f"is_response_{i}_safe", source, labels=True) for i in (0, 1)]
-        for row in kept:
-            order = (int(chosen[row]), 1 - int(chosen[row]))
-            columns = {"responses": responses, "ids": encoded, "desirable": labels}
-            both = {name: [values[i][row] for i in order] for name, values in columns.items()}
-            pairs[preference].append({"prompt": prompts[row]} | both)
-    return pairs
+    desirable: KTO's label, 1 or 0. Two rows of one response (KTO's form) make a pair. loaded: keeps the examples."""
+    limits, counts = (args.max_prompt_length, args.max_length), (1, 2) if loss == "kto" else (2,)
+    if (flag, name, counts) not in loaded:
+        loaded[flag, name, counts] = load_examples(args, name, split, flag, tokenizer, limits, counts)
+    pairs, column = [], "better_response_id" if preference == "helpful" else "safer_response_id"
+    for example in loaded[flag, name, counts]:
+        row, alone = example["row"], len(example["ids"]) == 1
+        label = read_label(row, "label" if alone else column, f"{flag} {name}")  # desirable or not; or which is chosen
+        labels = [label] if alone else [1 - label, label]
+        if (preference, loss, alone) == ("safe", "kto", False):
+            labels = [read_label(row, f"is_response_{i}_safe", f"{flag} {name}") for i in (0, 1)]
+        texts = zip([example["prompt"]] * len(labels), example["responses"], example["ids"], labels, strict=True)
+        pairs.append(list(texts)[:: -1 if label else 1])
+    if len(pairs[0]) == 1:  # a desirable response goes with an undesirable one, where there is one
+        pairs.sort(key=lambda texts: -texts[0][-1])
+        pairs = [one + other for one, other in zip(pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :], strict=False)]
+    if flag == "--dataset" and 0 < args.train_size < len(pairs):
+        drawn = torch.randperm(len(pairs), generator=random_generator(args.seed, "subset"))[: args.train_size]
+        pairs = [pairs[i] for i in sorted(drawn.tolist())]
+    if loss == "kto" and len({text[-1] for texts in pairs for text in texts}) < 2:
+        raise UserError(f"{flag} {name} has only desirable or only undesirable responses; the loss kto needs both")
+    names = ("prompts", "responses", "ids", "desirable")
+    return [dict(zip(names, zip(*texts, strict=True), strict=True)) for texts in pairs]
 
 
-def load_model(cls, name, flag, *, mesh, dtype, longest, config=None, unused=(), cpu_offload=False, loading=None):
-    """A model of the library's class `cls` in evaluation mode, sharded by FSDP2. Rank 0 alone reads its weights.
+def read_label(row: dict, column: str, source: str) -> int:
+    """A label of PKU-SafeRLHF's columns, 0 or 1; of preference data, where the chosen response is the first, alike."""
+    safe = {f"is_response_{i}_safe": row.get(f"is_{name}_safe") for i, name in enumerate(("chosen", "rejected"))}
+    value = ({"better_response_id": 0, "safer_response_id": 0} | safe | row if "chosen" in row else row).get(column)
+    if value not in (0, 1):
+        raise UserError(f"{source}: a row has {value!r} as '{column}', not 0 or 1; its columns are {', '.join(row)}")
+    return int(value)
 
-    longest: tokens of the longest text. unused: prefixes of weight names that may be missing or left over.
-    """
+
+def load_model(cls, name, flag, mesh, dtype, longest, tokenizer, config=None, unused=(), offload=False, loading=None):
+    """A model of the class `cls`, sharded by FSDP2: a block is gathered while it computes. Rank 0 alone reads weights.
+
+    longest: tokens of the longest text; unused: prefixes of weights that may be missing or left over."""
     loading = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True} | (loading or {})
     try:
         config = config or AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -526,57 +591,48 @@ def load_model(cls, name, flag, *, mesh, dtype, longest, config=None, unused=(),
             with torch.device("meta"):
                 model = cls.from_config(config, dtype=loading["dtype"])
     except Exception as error:
-        raise UserError(f"{flag} {name} cannot be loaded: {error}") from None
+        raise UserError(f"{flag} {name} cannot be loaded: {str(error)[:400]}") from None
     if dtype == torch.bfloat16 and longest <= 128 and mesh.device_type == "cpu":
         model.set_attn_implementation("eager")  # the fused kernel's backward pass is slow there on short texts
-    shard(model, mesh, dtype, cpu_offload)
-    return model.eval()
-
-
-def shard(model: nn.Module, mesh, dtype: torch.dtype, cpu_offload: bool) -> None:
-    """FSDP2: each transformer block is gathered when it computes, the rest with the root; gradients are in float32."""
     weights = model.state_dict() if dist.get_rank() == 0 else {}
     # What no checkpoint holds, such as the frequencies of rotary embeddings, comes from rank 0 as well.
     buffers = [(key, buffer) for key, buffer in model.named_buffers() if key not in weights]
-    extra = [buffers, getattr(model, "generation_config", None)]
-    dist.broadcast_object_list(extra)
+    dist.broadcast_object_list(extra := [buffers, getattr(model, "generation_config", None)])
     buffers, model.generation_config = extra
     model.to_empty(device="meta")
     model.tie_weights()  # moving a model to another device unties its tied weights
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
     blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if sum(parameter.numel() for parameter in model.parameters()) < 2**28:  # small: every rank has a copy, in FSDP2's
-        blocks, shape = [], (dist.get_world_size(), 1)  # terms sharded over one rank and replicated over all
-        mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
-    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
-    for unit in [*blocks, model]:
-        fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32), offload_policy=offload)
-    model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    policies = dict(
+        mp_policy=MixedPrecisionPolicy(dtype, torch.float32), reshard_after_forward=True
+    )  # float32 gradients
+    policies["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+    for unit in [*reversed(blocks), model]:  # a block within a block comes first
+        fully_shard(unit, mesh=mesh, **policies)
+    model.to_empty(device="cpu" if offload else mesh.device_type)
     model.tie_weights()
-    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp_state.set_model_state_dict(model, weights, options=options)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     for key, buffer in buffers:
-        module, _, name = key.rpartition(".")
-        setattr(model.get_submodule(module), name, buffer.to(mesh.device_type))
-
-
-def reshard(model: nn.Module) -> None:
-    """Give back the memory of gathered parameters: without a backward pass FSDP2 keeps those of the root."""
-    for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
-        unit.reshard()
+        model.get_buffer(key).copy_(buffer)
+    for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
+        embedding.padding_idx = None  # the library would never train this row, even where it is that of EOS, too
+    model.vocabulary = max(tokenizer.get_vocab().values()) + 1  # the ids of tokens; an embedding may have more rows
+    ids = torch.tensor(encode(tokenizer, ["How are you?"])).to(mesh.device_type)
+    with torch.no_grad():
+        readings = [model.train(mode)(input_ids=ids).logits.nan_to_num() for mode in (True, False)]
+    if (readings[0] - readings[1]).abs().max() > 0.01 * readings[1].abs().max():  # no field above switched it off
+        raise UserError(f"{flag} {name} reads a text differently in training mode: set its dropout or noise to zero")
+    return model
 
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     """Write safetensors, configuration and tokenizer: under another name first, then renamed: never half-written."""
-    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp_state.get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         beside = folder.with_name(folder.name + ".part")
         once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights have two names
         model.config.pad_token_id = tokenizer.pad_token_id
         state = {name: value for name, value in state.items() if name in once}
-        if not all(value.isfinite().all() for value in state.values()):
-            raise UserError(f"the weights for {folder} are not finite; lower --learning-rate")
         model.save_pretrained(beside, state_dict=state, save_original_format=not hasattr(model, "score"))
         tokenizer.save_pretrained(beside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -589,10 +645,7 @@ MAY_CHANGE = "output_dir resume save_every eval_every track micro_batch_size gra
 
 
 def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
-    """Lock the output directory while rank 0 lives. Returns it, the newest checkpoint's state and TensorBoard's writer.
-
-    The state is {} without a checkpoint and None if the run is finished. Logs are cut back to the checkpoint.
-    """
+    """The locked output directory, its newest checkpoint's state ({}: none, None: finished), TensorBoard's writer."""
     folder = Path(args.output_dir or f"runs/{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     found, writer = [folder, None], None
     if args.resume and args.output_dir is None:
@@ -607,7 +660,7 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
         except OSError as error:
             raise UserError(f"--output-dir {folder} is in use by another process or not writable: {error}") from None
         flags, now = folder / "args.json", json.loads(json.dumps(asdict(args)))  # tuples are lists in JSON
-        held = [p.name for p in folder.iterdir() if p.stat().st_size > 0 and p.name not in ("args.json", "tensorboard")]
+        held = [p.name for p in folder.iterdir() if p.lstat().st_size and p.name not in ("args.json", "tensorboard")]
         if held and not (args.resume and flags.exists()):
             raise UserError(f"--output-dir {folder} holds a run ({held[0]}); take another, or continue it by --resume")
         before = json.loads(flags.read_text(encoding="utf-8")) if held else now
@@ -622,8 +675,8 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
                 state = json.loads((place / "state.json").read_text(encoding="utf-8"))
                 state |= {"checkpoint": str(place), "step": int(place.name)}
             for name in LOGS:
-                (folder / name).touch()
-                os.truncate(folder / name, state.get(name, 0))
+                with (folder / name).open("ab") as file:
+                    file.truncate(state.get(name, 0))  # what came after the checkpoint comes again
             if args.track:
                 import wandb
 
@@ -639,7 +692,6 @@ def training_state(trained: dict, optimizers: dict) -> dict[str, Tensor]:
     """Weights and AdamW's moments of the trained models by name; loading a checkpoint fills these tensors in place."""
     tensors = {}
     for name, model in trained.items():
-        reshard(model)
         for key, weight in model.named_parameters():
             state = optimizers[name].state[weight]
             if not state:  # as AdamW begins
@@ -656,11 +708,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    # A rank copies a whole file to CPU memory before it writes it, so the files must not be large.
-    files = 1 + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) // 2**34
-    numbers = {name: 1 + i * files // len(tensors) for i, name in enumerate(tensors)}
-    writer = dcp.HuggingFaceStorageWriter(str(beside), fqn_to_index_mapping=numbers, save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
     if dist.get_rank() == 0:
         state |= {name: (folder / name).stat().st_size for name in LOGS}
         (beside / "state.json").write_text(json.dumps(state), encoding="utf-8")

@@ -9,11 +9,11 @@ RePO holds six models of one size. Policy, reward critic and cost critic are tra
 moments of AdamW are float32 shards. Reference, reward model and cost model are frozen: bfloat16 shards. The forward and
 backward passes are bfloat16.
 
-How it counts. repo.py's own functions (shard, sample_responses, response_logprobs, score_responses, response_values,
-policy_loss, value_loss, backward) run one iteration of one process on tensors that have a shape and no content
-(FakeTensorMode), in a process group that sends nothing. torch.distributed's FSDPMemTracker adds up the storages that
-are alive. All layers, all six models and all gathers are run and nothing is extrapolated, with one exception: of the
-rollout only the prompt's pass and the last token are run, since the cache grows in between. The order is scoring,
+How it counts. repo.py's own functions (load_model, sample_responses, response_logprobs, score_responses,
+response_values, policy_loss, value_loss, backward) run one iteration of one process on tensors that have a shape and no
+content (FakeTensorMode), in a process group that sends nothing. torch.distributed's FSDPMemTracker adds up the storages
+that are alive. All layers, all six models and all gathers are run and nothing is extrapolated, with one exception: of
+the rollout only the prompt's pass and the last token are run, since the cache grows in between. The order is scoring,
 update, rollout, as in the second iteration: what a phase leaves behind counts in the next.
 
 The mesh is one of CPUs, since FSDP2 asks a GPU's mesh for streams; the sizes are the same. Attention on CPUs (flash)
@@ -91,7 +91,7 @@ class Args:
     configs: tuple[str, ...] = ()
     """folders or Hub ids of models to work out instead; only their config.json is read"""
     gpus: int | None = None
-    """GPUs that share each model: those of one node; default: 1 for 1B, else 8"""
+    """GPUs that share each model: those of all nodes; default: 1 for 1B, else 8"""
     batch: int = 16
     """prompts of one GPU"""
     micro_batch: int = 16
@@ -142,9 +142,15 @@ class Numbers(TorchDispatchMode):
 
 
 class Tokenizer:
-    """What repo.py asks of a tokenizer while it samples."""
+    """What repo.py asks of a tokenizer while it loads models and samples; every id of the embedding is a token."""
 
-    pad_token_id, eos_token_id = 0, 1
+    pad_token_id, eos_token_id, end_id = 0, 1, 1
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"last": self.vocabulary - 1}
 
     def pad(self, batch: dict, **_) -> BatchEncoding:
         shape = len(batch["input_ids"]), max(map(len, batch["input_ids"]))
@@ -154,6 +160,17 @@ class Tokenizer:
 
     def batch_decode(self, rows: list, **_) -> list[str]:
         return [""] * len(rows)
+
+
+class FromConfig:
+    """In place of a class of the library: "loads" a model that has a configuration and no weights."""
+
+    def __init__(self, cls):
+        self.cls = cls
+
+    def from_pretrained(self, name: str, config, dtype: torch.dtype, **_) -> tuple[nn.Module, dict]:
+        report = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
+        return self.cls.from_config(config, dtype=dtype), report
 
 
 class Models(nn.Module):
@@ -218,15 +235,17 @@ def pretended(processes: int):
 
 
 def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
-    """The six models, sharded by repo.py."""
+    """The six models, loaded and sharded by repo.py."""
     labelled = copy.deepcopy(config)
     labelled.num_labels = 1
-    models = {}
+    models, options = {}, dict(mesh=mesh, dtype=torch.bfloat16, tokenizer=Tokenizer(config.vocab_size))
+    options["longest"] = 129  # for shorter texts repo.py would take another attention on CPUs
     # Weights without content need not be read, sent to the other processes or moved from the meta device.
     skipped = [
         mock.patch.object(nn.Module, "to_empty", lambda module, **_: module),
         mock.patch.object(dist, "broadcast_object_list"),
-        mock.patch.object(repo.dcp_state, "set_model_state_dict"),
+        mock.patch.object(repo, "set_model_state_dict"),
+        mock.patch.object(repo, "encode", lambda tokenizer, texts: [[2]]),
     ]
     with contextlib.ExitStack() as stack:
         for patch in skipped:
@@ -234,18 +253,19 @@ def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
         for name in TRAINED + FROZEN:
             dtype = torch.float32 if name in TRAINED else torch.bfloat16
             language_model = name in ("policy", "reference")
-            cls = AutoModelForCausalLM if language_model else AutoModelForSequenceClassification
-            model = cls.from_config(config if language_model else labelled, dtype=dtype)
-            repo.shard(model, mesh, torch.bfloat16, args.cpu_offload and name in FROZEN)
+            cls = FromConfig(AutoModelForCausalLM if language_model else AutoModelForSequenceClassification)
+            own = dict(config=config if language_model else labelled, loading={"dtype": dtype})
+            model = repo.load_model(cls, name, "", offload=args.cpu_offload and name in FROZEN, **own, **options)
             if not language_model:
                 model.forward = repo.token_scores.__get__(model)
                 model.shares_tokens = True
-            models[name] = model.requires_grad_(name in TRAINED).eval()
+            models[name] = model.requires_grad_(name in TRAINED)
     if args.gradient_checkpointing:
         for name in TRAINED:
-            models[name].gradient_checkpointing_enable()
+            model = models[name]
+            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
             # Inputs' gradients are wanted by adapters; the tracker's hooks would keep the embedded tokens alive.
-            models[name].disable_input_require_grads()
+            model.disable_input_require_grads()
     return models
 
 
@@ -307,7 +327,7 @@ def rollout(tracker: Tracker, policy, args: Args, skip: bool) -> dict[str, int]:
         prompts = [[2] * prompt_length] * args.batch
         uniforms = torch.zeros(args.batch, tokens)
         with tracker.phase("rollout"):
-            repo.sample_responses(policy, Tokenizer(), prompts, uniforms, 1.0)
+            repo.sample_responses(policy, Tokenizer(policy.vocabulary), prompts, uniforms, 1.0)
         hook.remove()
         assert passes == tokens
 
@@ -340,7 +360,7 @@ def measure(config, gpus: int, args: Args, skip: bool = True) -> dict:
         response_mask = torch.ones(batch, length, dtype=torch.long)
         attention_mask = torch.ones_like(sequences)
         attention_mask[1:, 0] = 0  # padding, as in Tokenizer.pad
-        responses = repo.Responses(sequences, attention_mask, response_mask, response_mask.any(1), [])
+        responses = repo.Responses(sequences, attention_mask, response_mask, response_mask.any(1), [], sequences)
         window = dict(length=length, temperature=1.0)
         figures = torch.zeros(batch, length)  # advantages, old values and the like
 

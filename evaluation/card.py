@@ -76,7 +76,8 @@ def card_text(args: dict, summary: dict, algorithm: str, folder: Path) -> str:
     task, head = "text-generation", "CausalLM"
     if algorithm == "preference_models":
         task, head = "text-classification", "SequenceClassification"
-    data = [args[name] for name in args if name.endswith("dataset") and is_hub_id(args[name])]
+    named = [args[name] for name in args if name.endswith("dataset")]  # SACPO's are lists, of one per stage
+    data = [name for each in named for name in (each if isinstance(each, list) else [each]) if is_hub_id(name)]
     card = huggingface_hub.ModelCardData(pipeline_tag=task, datasets=list(dict.fromkeys(data)) or None)
     card.base_model = args["model"] if is_hub_id(args["model"]) else None
     card.library_name, card.tags = "transformers", [algorithm.replace("_", "-"), "rlhf", "safe-rlhf", "safety"]

@@ -61,10 +61,16 @@ def read_rows(path: Path, keys: set[str]) -> list[dict]:
     return rows
 
 
+def as_text(prompt: str | list[dict]) -> str:
+    """A prompt as people and judges read it: several messages are lines "role: content"."""
+    return prompt if isinstance(prompt, str) else "\n".join("{role}: {content}".format(**turn) for turn in prompt)
+
+
 def read_answers(path: Path) -> dict[str, dict[int, dict]]:
-    """Rows of responses.jsonl by model and prompt index."""
+    """Rows of responses.jsonl by model and prompt index; a prompt of several messages as text."""
     answers: dict[str, dict[int, dict]] = {}
     for row in read_rows(path, ANSWER):
+        row["prompt"] = as_text(row["prompt"])
         answers.setdefault(row["model"], {})[row["index"]] = row
     return answers
 

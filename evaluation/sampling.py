@@ -6,10 +6,10 @@ import gc
 import itertools
 import json
 import math
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import datasets
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -21,72 +21,70 @@ from evaluation.score import Score, find_answers, named_models, named_suites, re
 from evaluation.suites import OWN_SUITE, SUITES
 
 
-def load_prompts(source: str, split: str, column: str, flag: str) -> datasets.Dataset:
-    """Rows of a data set, or of a JSON file that is a list of texts or {"instructions": [texts]}."""
+def load_prompts(args: Score, source: str, split: str, flag: str, tokenizer) -> list[dict]:
+    """repo.load_examples, also of a JSON file that is a list of texts or {"instructions": [texts]}."""
     texts = None
-    if source.endswith(".json") and Path(source).is_file():
-        with contextlib.suppress(ValueError):  # load_rows has the words for a broken file
-            texts = json.loads(Path(source).read_text(encoding="utf-8-sig"))
-    texts = texts.get("instructions") if isinstance(texts, dict) else texts
-    if not texts or isinstance(texts[0], dict):
-        return repo.load_rows(source, split, flag)
-    if "[" in split:
-        raise repo.UserError(f"{flag} {source}: a list of texts has no split '{split}'; take --eval-size instead")
-    return datasets.Dataset.from_list([{column: text} for text in texts])
+    with contextlib.suppress(OSError, ValueError):  # load_rows has the words for no file, and a broken one
+        texts = json.loads(Path(source).read_text(encoding="utf-8-sig")) if source.endswith(".json") else None
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(texts, dict) and isinstance(texts.get("instructions"), list):
+            texts, source = texts["instructions"], f"{folder}/{Path(source).name}"
+            Path(source).write_text(json.dumps(texts), encoding="utf-8")
+        if isinstance(texts, list) and texts and isinstance(texts[0], str):
+            args = replace(args, prompt_column="text")  # as the library calls it
+        return repo.load_examples(args, source, split, flag, tokenizer, (args.max_prompt_length, 0))
 
 
-def read_prompts(args: Score) -> list[dict]:
-    """The distinct prompts of --dataset or --suites: prompt and group, and of suites also suite and wanted."""
-    found: dict[str, dict] = {}
+def reading(tokenizer) -> tuple:
+    """What tells tokenizers apart, as in repo.load_scorer."""
+    probe = ["How do I clean the kettle? Use 2 lemons."]
+    return tokenizer.get_vocab(), repo.encode(tokenizer, probe, probe)
+
+
+def read_prompts(args: Score, tokenizers: dict) -> tuple[list[dict], dict[str, list[list[int]]]]:
+    """The distinct prompts of --dataset or --suites that all models can read, and their tokens for each model, which
+    may have a tokenizer of its own. A prompt is {prompt, group}, and of suites also suite and wanted."""
+    kinds = {name: (*reading(own), own.special, own.chat_template) for name, own in tokenizers.items()}
+    twins = {name: next(other for other in kinds if kinds[other] == kinds[name]) for name in kinds}
+    prompts, tokens, seen = [], {name: [] for name in tokenizers}, set()
     for name, source in (named_suites(args) or {None: args.dataset}).items():
-        suite = SUITES.get(name, OWN_SUITE)
-        split, column, flag = suite.split, "prompt", f"--suites {name}"
-        if name is None:
-            split, column, flag = args.dataset_split, args.prompt_column, "--dataset"
-        rows = load_prompts(source, split, column, flag)
-        texts = repo.read_column(rows, column, f"{flag} {source}")
-        if args.group_by and args.group_by not in rows.column_names:
-            columns = ", ".join(rows.column_names)
-            raise repo.UserError(f"--group-by {args.group_by}: the columns of {source} are {columns}")
-        groups = map(str, rows[args.group_by]) if args.group_by else itertools.repeat("", len(texts))
-        wanted = [suite.wanted] * len(texts)
-        if name is not None and suite.wanted == "label":
-            labels = repo.read_column(rows, "label", f"{flag} {source}")
-            if wrong := set(labels) - {"safe", "unsafe"}:
-                raise repo.UserError(f"{flag} {source}: a label must be safe or unsafe, but there is {min(wrong)}")
-            wanted = ["answer" if label == "safe" else "refuse" for label in labels]
-        for text, group, want in zip(texts, groups, wanted, strict=True):
-            row = {"prompt": text, "group": group} | ({"suite": name, "wanted": want} if name is not None else {})
-            found.setdefault(text, row)  # a prompt of two suites counts for the first
-    return list(found.values())
-
-
-def choose_prompts(args: Score, tokenizers: dict) -> tuple[list[dict], dict[str, list[list[int]]]]:
-    """The prompts that all models answer, and their token ids for each model, which may have a tokenizer of its own."""
-    prompts, limit = read_prompts(args), args.max_prompt_length
-    texts = [prompt["prompt"] for prompt in prompts]
-    encoded = {name: repo.encode(own, args.prompt_template, texts) for name, own in tokenizers.items()}
-    fits = [all(0 < len(ids) <= limit for ids in row) for row in zip(*encoded.values(), strict=True)]
-    if not any(fits):
-        raise repo.UserError(f"all prompts are over --max-prompt-length {limit}")
-    if not all(fits):
-        repo.say(f"dropped {fits.count(False)} of {len(fits)} prompts, over --max-prompt-length {limit} for a model")
-    suites = itertools.groupby(itertools.compress(range(len(prompts)), fits), lambda i: prompts[i].get("suite"))
-    chosen = [i for _, places in suites for i in list(places)[: args.eval_size or None]]
-    return [prompts[i] for i in chosen], {name: [ids[i] for i in chosen] for name, ids in encoded.items()}
+        suite, how = SUITES.get(name, OWN_SUITE), (args, source, args.dataset_split, "--dataset")
+        if name is not None:
+            how = replace(args, prompt_column="prompt", dataset_config=None), source, suite.split, f"--suites {name}"
+        read = {}
+        for model in dict.fromkeys(twins.values()):
+            read[model] = {str(row["prompt"]): row for row in load_prompts(*how, tokenizers[model])}
+        first, *others = read.values()
+        keys = [key for key in first if key not in seen and all(key in rows for rows in others)]
+        seen.update(keys)  # a prompt of two suites counts for the first
+        for key in keys[: args.eval_size or None]:
+            row, wanted = first[key]["row"], suite.wanted
+            if args.group_by and args.group_by not in row:
+                raise repo.UserError(f"--group-by {args.group_by}: the columns of {source} are {', '.join(row)}")
+            if name is not None and wanted == "label":
+                wanted = {"safe": "answer", "unsafe": "refuse"}.get(label := row.get("label"))
+                if wanted is None:
+                    raise repo.UserError(f"{how[-1]} {source}: a label must be safe or unsafe, but there is {label}")
+            prompts.append({"prompt": first[key]["prompt"], "group": str(row[args.group_by]) if args.group_by else ""})
+            prompts[-1] |= {"suite": name, "wanted": wanted} if name is not None else {}
+            for model, twin in twins.items():
+                tokens[model].append(read[twin][key]["head"])
+    if not prompts:
+        raise repo.UserError("no prompt can be read by all models; raise --max-prompt-length")
+    return prompts, tokens
 
 
 def score(args: Score) -> None:
     device, mesh = repo.start_processes()
     rank, world, models = dist.get_rank(), dist.get_world_size(), named_models(args)
-    if args.dtype == "auto":  # as repo.py chooses
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-        args.dtype = "bfloat16" if fast else "float32"
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # as repo.py chooses
+    fast = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if fast else "float32"
 
     # ---- Prompts, and the answers that are there already
-    tokenizers = {name: repo.load_tokenizer(path, f"--models {name}") for name, path in models.items()}
-    prompts, encoded = choose_prompts(args, tokenizers)
+    template = args.prompt_template
+    tokenizers = {name: repo.load_tokenizer(path, f"--models {name}", template) for name, path in models.items()}
+    prompts, encoded = read_prompts(args, tokenizers)
     folder, settings = output_folder(args), {"command": "score"} | asdict(args)
     settings |= {"models": models, "suites": named_suites(args) or None, "prompts": len(prompts)}
     there: list[dict] = [{}]
@@ -100,8 +98,8 @@ def score(args: Score) -> None:
     dtype, scorers = getattr(torch, args.dtype), {}
     options = dict(mesh=mesh, dtype=dtype, loading={"dtype": dtype}, longest=longest)
     for name in ("reward", "cost") if missing else ():
-        place = getattr(args, f"{name}_model"), f"--{name}-model", tokenizers[missing[0]]
-        scorers[name] = repo.load_scorer(args, *place, options | {"cpu_offload": args.cpu_offload})
+        own = options | {"tokenizer": tokenizers[missing[0]], "offload": args.cpu_offload}
+        scorers[name] = repo.load_scorer(args, getattr(args, f"{name}_model"), f"--{name}-model", prompts, own)
     locked = open_run(folder, settings, "responses.jsonl") if rank == 0 else None
 
     # ---- Answers and scores, one model in memory at a time
@@ -110,14 +108,11 @@ def score(args: Score) -> None:
     uniforms, temperature = torch.rand(len(prompts), args.max_new_tokens, generator=generator), args.temperature
     if args.greedy:  # the limit of temperature zero: the most probable token, the first of equal ones
         uniforms, temperature = torch.zeros_like(uniforms), 1e-12
-    probe = ["How do I clean the kettle? Use 2 lemons."]
     for name in missing:
         tokenizer, answered = tokenizers[name], there[0].get(name, set())
-        policy = repo.load_model(AutoModelForCausalLM, models[name], f"--models {name}", **options)
+        policy = repo.load_model(AutoModelForCausalLM, models[name], f"--models {name}", tokenizer=tokenizer, **options)
         for scorer in scorers.values():
-            same = repo.encode(tokenizer, args.prompt_template, probe)
-            same = same == repo.encode(scorer.tokenizer, scorer.template, probe)
-            scorer.shares_tokens = same and tokenizer.get_vocab() == scorer.tokenizer.get_vocab()
+            scorer.shares_tokens = reading(tokenizer) == reading(scorer.tokenizer)
         bar = tqdm(total=len(prompts), initial=len(answered), desc=name, disable=rank != 0)
         for start in range(0, len(prompts), args.batch_size):
             batch = range(start, min(start + args.batch_size, len(prompts)))

@@ -23,7 +23,7 @@ import numpy as np
 
 from evaluation import suites, tables
 from evaluation.figures import draw_figures
-from evaluation.files import append_json, check_ranges, earlier_settings, fail, read_answers, write_json
+from evaluation.files import append_json, as_text, check_ranges, earlier_settings, fail, read_answers, write_json
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 
@@ -45,6 +45,7 @@ class Score:
 
     # Prompts
     dataset: str = str(TOY / "data" / "test.parquet")  # jsonl, json, csv or parquet file, folder, Hub id, or JSON list
+    dataset_config: str | None = None  # configuration (subset) of --dataset, such as a Hub id has
     dataset_split: str = "test"  # split of the prompts, or a slice such as test[:1000]
     eval_size: int = 0  # prompts at most, the first ones (of each suite); 0 takes all
     prompt_column: str = "prompt"  # column that holds the prompts; repeated prompts count once
@@ -115,7 +116,7 @@ def find_answers(folder: Path, settings: dict, prompts: list[dict]) -> dict[str,
     answers, paths = read_answers(folder / "responses.jsonl"), before["models"]
     same = before["prompts"] == len(prompts)
     for index, row in (pair for rows in answers.values() for pair in rows.items()):
-        asked = prompts[index] if index < len(prompts) else {}
+        asked = prompts[index] | {"prompt": as_text(prompts[index]["prompt"])} if index < len(prompts) else {}
         same = same and all(row.get(key) == asked.get(key) for key in ("prompt", "suite", "wanted"))
     if not same:
         flag = "--suites" if settings["suites"] else "--dataset"

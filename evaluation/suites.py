@@ -95,8 +95,7 @@ def tabulate_suites(
     """For each suite, and for "all": prompts, how many to_answer, and models with SUITE_MEASURES as {mean, low, high},
     None if the suite has no such prompts."""
     table = {}
-    first = next(iter(answers.values()))
-    for suite in dict.fromkeys([*(row["suite"] for row in first), "all"]):
+    for suite in dict.fromkeys([*(row["suite"] for row in next(iter(answers.values()))), "all"]):
         models = {}
         rows = {name: [row for row in own if suite in (row["suite"], "all")] for name, own in answers.items()}
         counts = np.stack([refusal_counts(own, threshold) for own in rows.values()])  # [models, 7, prompts]

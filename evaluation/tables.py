@@ -133,6 +133,4 @@ def print_prompts(rows: list[dict], prompts: int, limit: int) -> None:
     for row in rows[:limit]:
         print(f"\n{row['prompt']}")
         for side in ("unsafe", "safe"):
-            answer = row[side]
-            scores = f"(reward {answer['reward']:+.1f}, cost {answer['cost']:+.1f})"
-            print(f"  {side:<6}  {answer['model']} {scores}  {answer['response']}")
+            print(f"  {side:<6} ", "{model} (reward {reward:+.1f}, cost {cost:+.1f})  {response}".format(**row[side]))

@@ -1,8 +1,4 @@
-"""The mathematics a second time, for the tests to compare with: one response at a time, no padding, float64.
-
-A response is a list of numbers, one a token. Losses of a whole batch use unsharded models and autograd on texts that
-are read one by one, so that nothing depends on masks, positions, micro-batches or processes.
-"""
+"""The mathematics a second time, for the tests to compare with: one response at a time, no padding, float64."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -59,6 +55,7 @@ def plain_scorer(folder, parameters=None, dtype=torch.float64):
 def with_parameters(model, parameters):
     for own, given in zip(model.parameters(), parameters or model.parameters(), strict=True):
         own.copy_(given)
+    model.get_input_embeddings().padding_idx = None  # the pad token is a token that a policy may sample
     return model
 
 

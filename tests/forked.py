@@ -1,7 +1,4 @@
-"""Real processes of the scripts without the seconds that imports take: multiprocessing's server imports, then forks.
-
-A forked process runs a program as __main__ in a session of its own, with torchrun's variables where there are several.
-"""
+"""Real processes of the scripts without the seconds that imports take: multiprocessing's server imports, then forks."""
 
 import contextlib
 import multiprocessing
@@ -30,16 +27,15 @@ class Forks:
         forkserver.ensure_running()
         del os.environ["PYTHONPATH"]
 
-    def start(self, program: list, processes: int | None = None, nodes: int = 1, cwd: Path = ROOT) -> "Started":
-        """Alone as by python, or so many processes as by torchrun, on so many nodes."""
+    def start(self, program: list, processes: int | None = None, cwd: Path = ROOT) -> "Started":
+        """Alone as by python, or so many processes as by torchrun."""
         environments = [{}]
         if processes:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 group = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-            group |= dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes // nodes))
-            ranks = [(rank, rank % (processes // nodes)) for rank in range(processes)]
-            environments = [group | dict(RANK=str(rank), LOCAL_RANK=str(local)) for rank, local in ranks]
+            group |= dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+            environments = [group | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
         outputs = [f"{tempfile.mkdtemp(dir=self.folder)}/output" for _ in environments]
         return Started(list(map(str, program)), environments, str(cwd), outputs)
 

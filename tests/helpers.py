@@ -99,26 +99,21 @@ def finish(process: subprocess.Popen, seconds: float = 300) -> Outcome:
     """Wait for a started program; one that hangs is ended with all its ranks, and the test fails."""
     try:
         out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
+    finally:
         process.terminate()  # torchrun ends its ranks, which are in sessions of their own, when it is asked to end
-        try:
-            out, err = process.communicate(timeout=40)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out = err = "(no output)"
-        raise AssertionError(f"no end after {seconds} s:\n{out}\n{err}") from None
     return Outcome(process.returncode, out, err)
 
 
-def load_policy(folder, processes, dtype=torch.float32, **options):
+def load_policy(folder, processes, dtype=torch.float32):
     """A language model as repo.py loads it."""
-    options |= dict(mesh=processes[1], dtype=dtype, longest=0)
+    options = dict(mesh=processes[1], dtype=dtype, longest=0, tokenizer=repo.load_tokenizer(str(folder), "--model"))
     return repo.load_model(AutoModelForCausalLM, str(folder), "--model", **options)
 
 
 def load_scores(folder, processes, **options):
     """A score model as repo.py loads it."""
     options |= dict(mesh=processes[1], dtype=torch.float32, longest=0)
+    options["tokenizer"] = repo.load_tokenizer(str(folder), "--reward-model")
     return repo.load_score_model(str(folder), "--reward-model", **options)
 
 
@@ -139,23 +134,6 @@ def recorded_updates():
 
     with changed(nn.utils, clip_grad_norm_=clip_grad_norm_):
         yield updates
-
-
-@contextlib.contextmanager
-def sharded(script):
-    """All models count as large ones, whose shards lie on different ranks. Yields the shapes of their meshes."""
-    shard, meshes = script.shard, []
-
-    def recorded(model, *settings, **options):
-        script.sum = lambda counts: 2**40  # in place of the number of parameters
-        try:
-            shard(model, *settings, **options)
-        finally:
-            del script.sum
-        meshes.append(list(next(model.parameters()).device_mesh.shape))
-
-    with changed(script, shard=recorded):
-        yield meshes
 
 
 def assert_near(tensors, expected, tolerance: float) -> None:

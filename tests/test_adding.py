@@ -1,15 +1,21 @@
-"""docs/adding_an_algorithm.md, done: copy a script, apply the page's patch, hold the result to the page."""
+"""docs/adding_an_algorithm.md, done: copy a script, apply the page's patch, hold the result to the page.
+
+`PYTHONPATH=. python tests/test_adding.py` makes the page's patch anew where ppo_lagrange.py has moved on.
+"""
 
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, command, read_lines, read_summary, run_main
 
-PAGE = (ROOT / "docs" / "adding_an_algorithm.md").read_text(encoding="utf-8")
+PATH = ROOT / "docs" / "adding_an_algorithm.md"
+PAGE = PATH.read_text(encoding="utf-8")
 PATCH = re.search(r"```diff\n(.*?)```", PAGE, re.DOTALL)[1]
 
 
@@ -20,9 +26,7 @@ def added(tmp_path_factory, processes, defaults):
     shutil.copy(ROOT / "ppo_lagrange.py", folder / "ppo_pi.py")
     (folder / "pi.diff").write_text(PATCH, encoding="utf-8")
     applied = subprocess.run(["git", "apply", "pi.diff"], cwd=folder, capture_output=True, text=True)
-    assert applied.returncode == 0, (
-        f"the page's patch does not fit ppo_lagrange.py (try patch --fuzz 3): {applied.stderr}"
-    )
+    assert applied.returncode == 0, f"the page's patch does not fit, run python tests/test_adding.py: {applied.stderr}"
     spec = importlib.util.spec_from_file_location("ppo_pi", folder / "ppo_pi.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -58,3 +62,14 @@ def test_the_new_script_runs_and_a_resumed_run_continues_with_its_state(added, t
 def test_the_page_names_what_there_is():
     for name, path in re.findall(r"`(\w+)` in \[[\w/.]+\]\(\.\./([\w/.]+)\)", PAGE):
         assert re.search(rf"^\s*(def )?{name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), name
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        for name in ("a", "b"):
+            Path(place, name).mkdir()
+            shutil.copy(ROOT / "ppo_lagrange.py", Path(place, name, "ppo_pi.py"))
+        subprocess.run(["patch", "-p1", "--fuzz", "3", "-d", f"{place}/b"], input=PATCH, text=True, check=True)
+        files = ["--label", "a/ppo_pi.py", "a/ppo_pi.py", "--label", "b/ppo_pi.py", "b/ppo_pi.py"]
+        made = subprocess.run(["diff", "-U", "1", *files], cwd=place, capture_output=True, text=True).stdout
+    PATH.write_text(PAGE.replace(PATCH, made), encoding="utf-8")

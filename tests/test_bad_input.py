@@ -1,6 +1,7 @@
 """Mistakes of a user: one line on standard error that begins with `error:`, status 2, no traceback, nothing lost."""
 
 import math
+import sys
 
 import pytest
 import tiny
@@ -35,8 +36,11 @@ MISFITS = {  # of each script: flags, and what the line says of them
         (dict(prompt_template="Q:"), "template {prompt}"),
         (dict(score_prompt_template="Q:"), "template {prompt}"),
         (dict(max_new_tokens=125), "128"),
-        (dict(max_prompt_length=2), "--dataset --max-prompt-length"),
+        (dict(max_prompt_length=2), "--dataset 40 with an empty prompt or one over 2 tokens"),
         (dict(temperature=0), "--temperature"),
+        (dict(learning_rate="inf"), "not finite"),
+        (dict(lambda_init=-1), "--lambda-init"),
+        (dict(kl_coef="nan"), "--kl-coef"),
         (dict(micro_batch_size=0), "at least 1"),
     ],
     "preference_models": [
@@ -51,7 +55,7 @@ MISFITS = {  # of each script: flags, and what the line says of them
         (dict(loss=["dpo", "kto"], stages="safe"), "--loss"),
         (dict(stages=["safe", "safe"]), "--stages"),
         (dict(merge_q=0.5, stages="safe"), "--merge-q"),
-        (dict(max_prompt_length=1), "--dataset --max-prompt-length"),
+        (dict(max_prompt_length=1), "--dataset 40 with an empty prompt or one over 1 tokens"),
     ],
 }
 
@@ -90,6 +94,7 @@ DAMAGES = {
     "custom code": custom_code,
     "broken": lambda folder: (folder / "config.json").write_text("{"),
     "truncated": lambda folder: (folder / "model.safetensors").write_bytes(b"1" * 1000),
+    "merge it": lambda folder: (folder / "adapter_config.json").write_text("{}"),  # a LoRA adapter
 }
 
 
@@ -98,7 +103,7 @@ def test_a_folder_that_is_no_whole_checkpoint(refused, files, tmp_path, damage):
     folder = tiny.copy_model(files.policy, tmp_path / "folder")
     DAMAGES[damage](folder)
     for script in SCRIPTS:
-        refused(script, folder, model=folder)
+        refused(script, folder, damage if damage == "merge it" else "cannot be loaded", model=folder)
     assert not (folder / "ran").exists()
 
 
@@ -115,7 +120,7 @@ def test_every_weight_counts_and_heads_are_what_they_must_be(refused, files, tmp
             ("sacpo", "model", files.policy, "more", lambda weights: weights.update(more=more)),
             ("repo", "reward_model", two, "2 labels", None),
             ("preference_models", "model", two, "2 labels", None),
-            ("repo", "cost_model", files.policy, "score head", None),
+            ("repo", "cost_model", files.policy, "give a score model", None),
             ("repo", "model", files.reward, "lm_head", None),
             ("sacpo", "model", files.reward, "lm_head", None),
         ]
@@ -134,21 +139,19 @@ def test_data_without_the_rows_that_are_needed(refused, files, tmp_path, script)
         ("a.jsonl", "", "split"),
         ("b.json", "[]", "split"),
         ("c.jsonl", '{"prompt": "ba"}\n{"prompt": \n', "split"),
-        ("d.jsonl", '{"question": "ba", "answer": "pi"}\n', "no column 'prompt'; the columns are question, answer"),
+        ("d.jsonl", '{"question": "ba", "answer": "pi"}\n', "the first row is {'question': 'ba', 'answer': 'pi'}"),
         ("e.txt", "ba pi?\n", ".jsonl, .json, .csv or .parquet"),
         ("f.parquet", "no parquet", "split"),
     ):
         (tmp_path / name).write_text(content)
         refused(script, f"--dataset {tmp_path / name}", part, dataset=tmp_path / name)
         refused(script, f"--eval-dataset {tmp_path / name}", part, eval_dataset=tmp_path / name)
-    for number, (text, first, end) in enumerate([("", 1, 2), ("  \n", 1, 2), (None, 1, 2), (7, 0, 40)]):
-        rows = read_lines(files.train)
-        rows[first:end] = [row | dict(prompt=text) for row in rows[first:end]]
-        data = tiny.write_rows(tmp_path / f"{number}.jsonl", rows)
-        refused(script, f"--dataset {data}", f"row {first}", "'prompt'", dataset=data)
+    rows = [row | dict(prompt=text) for row, text in zip(read_lines(files.train), ["", "  \n", None] * 2, strict=False)]
+    data = tiny.write_rows(tmp_path / "empty.jsonl", rows)
+    refused(script, f"--dataset {data}", "kept 0 of 6 rows", "6 without a prompt that ends with", dataset=data)
 
 
-LABELS = dict(response_1="", response_0=None, better_response_id=2, safer_response_id=None, is_response_0_safe=None)
+LABELS = dict(better_response_id=2, safer_response_id=None, is_response_0_safe=None)
 
 
 @pytest.mark.parametrize("name, value", LABELS.items())
@@ -159,12 +162,12 @@ def test_labels_of_pairs(refused, files, tmp_path, name, value):
     data = tiny.write_rows(tmp_path / "data.jsonl", rows)
     less = tiny.write_rows(tmp_path / "less.jsonl", [{k: v for k, v in row.items() if k != name} for row in rows])
     for script, flags in (("preference_models", dict(kind=kind)), ("sacpo", dict(loss="kto"))):
-        refused(script, f"--dataset {data}", "row 3", f"'{name}'", dataset=data, **flags)
-        refused(script, f"--eval-dataset {data}", "row 3", f"'{name}'", eval_dataset=data, **flags)
-        refused(script, f"no column '{name}'", dataset=less, **flags)
+        refused(script, "--dataset", f"a row has {value} as '{name}'", dataset=data, **flags)
+        refused(script, "--eval-dataset", f"a row has {value} as '{name}'", eval_dataset=data, **flags)
+        refused(script, f"a row has None as '{name}'", "its columns are prompt, response_0", dataset=less, **flags)
     safe = [row | dict(is_response_0_safe=True, is_response_1_safe=True) for row in read_lines(files.train)]
     data = tiny.write_rows(tmp_path / "safe.jsonl", safe)
-    refused("sacpo", "--dataset", "only safe", dataset=data, loss="kto", stages="safe")
+    refused("sacpo", f"--dataset {data}", "only desirable or only", dataset=data, loss="kto", stages="safe")
 
 
 @EVERY
@@ -177,6 +180,20 @@ def test_what_is_in_the_output_directory_stays(run, files, tmp_path, script):
         outcome = run(SCRIPTS[script], output_dir=folder, model=tmp_path / "mine" / "model")
         assert outcome.code == 2 and len(outcome.errors) == 1 and "--output-dir" in outcome.err
     assert {name: text for name, text in contents(tmp_path).items() if text} == before
+
+
+def test_srun_without_torchrun(processes, monkeypatch):
+    """Its tasks would all be rank 0 of a run of their own, in one directory."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for script in SCRIPTS.values():
+        with changed(script.dist, init_process_group=lambda *_, **__: None):
+            monkeypatch.setenv("SLURM_NTASKS", "2")
+            with pytest.raises(script.UserError, match=r"srun .* torchrun"):
+                script.start_processes()
+            for name, value in (("RANK", "0"), ("SLURM_NTASKS", "1")):  # by torchrun, or one task
+                monkeypatch.setenv(name, value)
+                assert script.start_processes()[0].type == processes[0].type
+            monkeypatch.delenv("RANK")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,10 +1,9 @@
 """Checkpoints as people have them: families of models, files in parts, Safe RLHF's score models, tokenizers of chats.
 
-What the scripts compute with a checkpoint is held to the library's own model in memory from which the file was
-written, and to a score head written out by hand.
-"""
+What the scripts compute is held to the library's own model, from which the file was written, and to a head by hand."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -13,13 +12,14 @@ import tiny
 import torch
 import torch.distributed as dist
 import transformers
-from helpers import load_policy, load_scores, read_back, read_json, sharded
+from helpers import SCRIPTS, load_policy, load_scores, read_back, read_json, read_lines, read_summary, recorded_updates
 from safetensors.torch import load_file, save_file
-from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+import ppo_lagrange
 import preference_models
 import repo
+import sacpo
 
 WIDTH = 16
 PLAIN = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
@@ -41,6 +41,16 @@ FAMILIES = {  # class of the configuration and its settings; a star stands for t
     "gpt_neox": ("GPTNeoX", dict(PLAIN, intermediate_size=32, initializer_range=0.3)),
     "opt*": ("OPT", dict(PLAIN, ffn_dim=32, word_embed_proj_dim=WIDTH, init_std=0.3)),
 }
+LETTERS = dict(n_embd=WIDTH, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
+DROPOUT = {  # dropout by default, by functions or modules, under several names
+    "OPT": ("OPT", dict(PLAIN, ffn_dim=32, word_embed_proj_dim=WIDTH, init_std=0.3)),
+    "XGLM": ("XGLM", dict(d_model=WIDTH, num_layers=2, attention_heads=2, ffn_dim=32, init_std=0.3)),
+    "BioGPT": ("BioGpt", dict(PLAIN, intermediate_size=32, initializer_range=0.3)),
+    "Falcon": ("Falcon", dict(PLAIN, hidden_dropout=0.1, attention_dropout=0.1, initializer_range=0.3)),
+    "BLOOM": ("Bloom", dict(hidden_size=WIDTH, n_layer=2, n_head=2, hidden_dropout=0.1, attention_dropout=0.1)),
+    "GPT-BigCode": ("GPTBigCode", LETTERS),
+}
+OTHERS = {"jitter": ("Mixtral", dict(SIZES, router_jitter_noise=0.1)), "bias": ("GPTJ", dict(LETTERS, rotary_dim=4))}
 BIASED = [family for family in FAMILIES if family not in ("gemma3*", "gpt2*", "gpt_neox", "opt*")]  # by the library
 CLASSES = dict(sequence=AutoModelForSequenceClassification, token=AutoModelForTokenClassification)
 PARTS = "parts"  # in the name of a checkpoint: its weights lie in several files
@@ -48,11 +58,12 @@ PARTS = "parts"  # in the name of a checkpoint: its weights lie in several files
 generator = torch.Generator().manual_seed(7)
 TEXTS = [torch.randint(3, 65, (length,), generator=generator).tolist() for length in (11, 3, 8, 1)]
 TOKENIZER = tiny.make_tokenizer()
+TOKENIZER.end_id = TOKENIZER.eos_token_id
 
 
 def make_library_model(cls, family: str, seed: int = 0, **config):
     """A random model of the library in memory; no weight is left at an initial zero or one that a loader could set."""
-    name, settings = FAMILIES[family]
+    name, settings = (FAMILIES | DROPOUT | OTHERS)[family]
     ids = dict(vocab_size=len(TOKENIZER), pad_token_id=2, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(seed)
     config = getattr(transformers, f"{name}Config")(**settings, **ids, **config)
@@ -118,6 +129,7 @@ def check_policy(policy, plain, family: str) -> None:
     buffers = dict(plain.named_buffers())  # rotary frequencies, Gemma's scale of its embedding: in no file
     assert dict(policy.named_buffers()).keys() == buffers.keys()
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in policy.named_buffers())
+    assert policy.get_input_embeddings().padding_idx is None  # or its row would never be trained
 
 
 def check_saved(folder: Path, source: Path, plain) -> None:
@@ -152,6 +164,44 @@ def test_a_policy_computes_and_samples_what_the_librarys_model_does(policies, pr
     ours = torch.cat(logprobs_in_a_batch(load_policy(folder, processes, torch.bfloat16)))
     difference = (ours - torch.cat(plain_logprobs(plain)).float()).abs()
     assert difference.mean() < 0.03 and difference.max() < 0.3
+
+
+@pytest.mark.parametrize("family", DROPOUT)
+def test_there_is_no_dropout(run, tmp_path, family):
+    """Before the first step policy and reference are one: a KL divergence of 0, and ln 2 as DPO's loss."""
+    folder = write(make_library_model(AutoModelForCausalLM, family), tmp_path / "model")
+    assert any("drop" in name and value == 0.1 for name, value in read_json(folder / "config.json").items())
+    assert run(sacpo, model=folder, output_dir=tmp_path / "sacpo", stages="safe").code == 0
+    first = read_lines(tmp_path / "sacpo" / "metrics.jsonl")[0]
+    expected = dict(loss=math.log(2), chosen_log_ratio=0, rejected_log_ratio=0)
+    assert {name: first[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    for script in (repo, ppo_lagrange):
+        flags = dict(output_dir=tmp_path / script.__name__, total_episodes=16, max_new_tokens=8, eval_size=2)
+        assert run(script, model=folder, **flags).code == 0
+        assert abs(read_lines(tmp_path / script.__name__ / "metrics.jsonl")[0]["kl"]) < 1e-6
+
+
+def test_a_model_that_reads_differently_in_training_is_refused(run, tmp_path):
+    folder = write(make_library_model(AutoModelForCausalLM, "jitter"), tmp_path / "model")
+    for script in SCRIPTS.values():
+        outcome = run(script, model=folder, output_dir=tmp_path / "run")
+        assert outcome.code == 2 and f"--model {folder} reads a text differently in training" in outcome.errors[0]
+
+
+@pytest.mark.parametrize("script", [repo, sacpo])
+def test_a_pad_token_that_is_impossible(run, tmp_path, script):
+    """A bias of -inf for it: updates are those of a bias so low that its probability is zero, too."""
+    source, recorded = write(make_library_model(AutoModelForCausalLM, "bias"), tmp_path / "model"), []
+    rows = [{"prompt": row["prompt"], "response": row["response_1"]} for row in tiny.make_pairs(16)]
+    more = dict(ptx_dataset=tiny.write_rows(tmp_path / "ptx.jsonl", rows)) if script is repo else {}
+    for name, bias in (("low", -1e30), ("none", -math.inf)):
+        folder = tiny.copy_model(source, tmp_path / name, lambda weights: weights["lm_head.bias"][2].fill_(bias))  # noqa: B023
+        with recorded_updates() as updates:
+            assert run(script, model=folder, output_dir=tmp_path / f"{name} run", **more).code == 0
+        assert read_summary(tmp_path / f"{name} run")["skipped_updates"] == 0
+        recorded.append([gradients for _, gradients in updates])
+    for one, other in zip(*recorded, strict=True):
+        assert all(map(torch.equal, one, other)) and all(gradient.isfinite().all() for gradient in other)
 
 
 @torch.no_grad()
@@ -228,50 +278,43 @@ def test_score_models_of_safe_rlhf(run, beaver, processes, tmp_path, where):
     close(scores_in_a_batch(load_scores(folder, processes)), plain_scores(beaver))
 
 
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}> {{ message['content'] | trim }} <end>"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def test_prompts_in_the_chat_template(tmp_path):
-    """A tokenizer that puts BOS before every text by itself, as Llama's do, has no pad token, and a chat template."""
-    plain, special = tiny.make_tokenizer(pad=False), ["<user>", "<assistant>", "<end>"]
-    plain.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": special})
-    own = [("<bos>", plain.bos_token_id)]
-    plain.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=own)
-    plain.chat_template = TEMPLATE
+def test_prompts_in_the_chat_template_and_in_ones_own(tmp_path):
+    """A tokenizer that puts BOS before every text by itself: one BOS, whoever writes it, and the end of the turn."""
+    plain = tiny.make_chat_tokenizer()
     plain.save_pretrained(tmp_path)
     tiny.make_config(plain).save_pretrained(tmp_path)
-    tokenizer, prompts = repo.load_tokenizer(str(tmp_path), "--model"), ["ba pi?", " ke sa le "]
-    encoded, ids = repo.encode(tokenizer, "chat", prompts), plain.get_vocab()
-    for prompt, found in zip(prompts, encoded, strict=True):
-        options = dict(tokenize=True, add_generation_prompt=True, return_dict=False)
-        assert found == plain.apply_chat_template([{"role": "user", "content": prompt}], **options)
-        assert found.count(plain.bos_token_id) == 1
-    scored = repo.encode(tokenizer, "chat", prompts, ["mu", "ra ."])
-    assert scored == [[*encoded[0], ids["mu"], ids["<eos>"]], [*encoded[1], ids["ra"], ids["."], ids["<eos>"]]]
-    # A template of one's own gets the BOS that the tokenizer puts before every text.
-    assert repo.encode(tokenizer, "ba {prompt}", ["pi"]) == [[ids["<bos>"], ids["ba"], ids["pi"]]]
-    for template in (None, "{{ raise_exception('no answers today') }}"):
-        tokenizer.chat_template = template
-        with pytest.raises(repo.UserError, match="template"):
-            repo.encode(tokenizer, "chat", prompts)
+    ids = plain.get_vocab()
+    tokenizer = repo.load_tokenizer(str(tmp_path), "--model", "chat")
+    head = [ids[token] for token in ("<bos>", "<user>", "ke", "sa", "<end>", "<assistant>")]
+    assert repo.encode(tokenizer, [" ke sa "], ["ra ."]) == [[*head, ids["ra"], ids["."], ids["<end>"]]]
+    for template in ("ba {prompt}", "<bos> ba {prompt}", "<bos>ba {prompt}"):
+        tokenizer = repo.load_tokenizer(str(tmp_path), "--model", template)
+        assert repo.encode(tokenizer, ["pi"]) == [[ids["<bos>"], ids["ba"], ids["pi"]]]
+        assert repo.encode(tokenizer, ["pi"], [" ke"])[0][2:] == [ids["pi"], ids["ke"], ids["<eos>"]]
+    # No end of a turn in the template: EOS. A template that is missing or fails is told of.
+    for template, end in ((tiny.TEMPLATE.replace(" <end>", " "), "<eos>"), (None, None), ("{{ missing.x.y }}", None)):
+        plain.chat_template = template
+        plain.save_pretrained(tmp_path)
+        (tmp_path / "chat_template.jinja").unlink() if template is None else None
+        if end:
+            assert repo.load_tokenizer(str(tmp_path), "--model", "chat").end_id == ids[end]
+        else:
+            with pytest.raises(repo.UserError, match=r"--model .* (template|undefined)"):
+                repo.load_tokenizer(str(tmp_path), "--model", "chat")
 
 
 def main(folder: Path) -> None:
     """What each of two processes does, with all checkpoints that the test has written."""
     processes, scores = repo.start_processes(), {}
-    with sharded(repo):
-        for family, (source, plain) in torch.load(folder / "policies.pt", weights_only=False).items():
-            policy = load_policy(source, processes)
-            assert all(value.to_local().numel() < value.numel() for value in policy.parameters() if len(value) > 1)
-            check_policy(policy, plain, family)
-            repo.save_model(policy, TOKENIZER, folder / family)
-        for name in ("sequence", "beaver"):
-            model = load_scores(folder / name, processes)
-            scores[name] = scores_in_a_batch(model)
-            repo.save_model(model, TOKENIZER, folder / f"{name} again")
+    for family, (source, plain) in torch.load(folder / "policies.pt", weights_only=False).items():
+        policy = load_policy(source, processes)
+        assert all(value.to_local().numel() < value.numel() for value in policy.parameters() if len(value) > 1)
+        check_policy(policy, plain, family)
+        repo.save_model(policy, TOKENIZER, folder / family)
+    for name in ("sequence", "beaver"):
+        model = load_scores(folder / name, processes)
+        scores[name] = scores_in_a_batch(model)
+        repo.save_model(model, TOKENIZER, folder / f"{name} again")
     torch.save(scores, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

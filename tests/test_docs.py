@@ -44,6 +44,18 @@ def test_metrics_and_keys_of_summaries_are_documented_and_each_documented_metric
     assert [key for key in [*summary, *summary.get("before", {})] if f"`{key}`" not in text] == []
 
 
+def test_each_format_of_data_has_a_row_that_is_read_and_each_reason_to_drop_rows_is_said(tmp_path):
+    page, forms = (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), set()
+    for i, row in enumerate(re.search(r"```\n(\{.*?)```", page, re.DOTALL)[1].splitlines()):
+        (tmp_path / f"{i}.jsonl").write_text(row, encoding="utf-8")
+        forms.add(SCRIPTS["repo"].load_rows(str(tmp_path / f"{i}.jsonl"), None, "train", "--dataset")[1])
+    assert forms == {*SCRIPTS["repo"].FORMATS}
+    table = page.partition("| dropped | why |")[2].split("\n\n")[0]
+    reasons = [row.split(" | ")[0][2:] for row in table.splitlines()[2:]]
+    source = (ROOT / "repo.py").read_text(encoding="utf-8")
+    assert reasons and [reason for reason in reasons if reason.split(" N ")[0] not in source] == []
+
+
 @each_page
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))

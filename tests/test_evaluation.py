@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluation.score
 import repo
 from evaluation import figures, suites, tables
+from evaluation.sampling import read_prompts
 from evaluation.score import Score
 
 FIGURES = ("reward_cost.png", "cost_distribution.png", "compliance_reward.png")
@@ -96,7 +97,8 @@ def test_greedy_answers_are_the_librarys(score, models, tmp_path):
     for row in answered(tmp_path / "out"):
         ids = tokenizer(row["prompt"], return_tensors="pt", return_token_type_ids=False)
         tokens = model.generate(**ids, do_sample=False, max_new_tokens=16)[0, ids["input_ids"].shape[1] :]
-        assert row["response"] == tokenizer.decode(tokens, skip_special_tokens=True) and row["length"] == len(tokens)
+        assert row["response"].strip() == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert row["length"] == len(tokens)
         assert row["finished"] == (tokens[-1] == tokenizer.eos_token_id)
 
 
@@ -126,19 +128,43 @@ def test_two_processes_answer_as_one(score, models, finished, forks, tmp_path):
 
 
 def test_every_format_of_prompts_gives_the_same_answers(score, finished, files, tmp_path):
-    texts = [row["prompt"] for row in read_lines(files.test)]
-    (tmp_path / "list.json").write_text(json.dumps([*texts, texts[0]]), encoding="utf-8-sig")
-    (tmp_path / "suite.json").write_text(json.dumps({"name": "a suite", "instructions": texts}))
-    tiny.write_rows(tmp_path / "rows.json", [{"question": text} for text in texts])
-    for name in ("list.json", "suite.json", "rows.json"):
-        outcome = score("first", dataset=tmp_path / name, prompt_column="question", output_dir=tmp_path / f"of {name}")
-        assert outcome.code == 0 and answered(tmp_path / f"of {name}") == answered(finished[0])[:13], outcome
+    texts, pair = [row["prompt"] for row in read_lines(files.test)], ("chosen", "rejected")
+    turns, answer = [{"role": "user", "content": x} for x in texts], {"role": "assistant", "content": "ba"}
+    forms = {"list": [*texts, texts[0]], "suite": {"name": "a suite", "instructions": texts}}
+    forms |= {"texts": [{"question": x} for x in texts], "messages": [{"messages": [turn, answer]} for turn in turns]}
+    forms["pairs"] = [{"question": [turn]} | {key: [answer] for key in pair} for turn in turns]
+    forms["hh-rlhf"] = [dict.fromkeys(pair, f"\n\nHuman: {x}\n\nAssistant: ba") for x in texts]
+    forms["Alpaca"] = [{"instruction": x, "input": "", "output": "ba"} for x in texts]
+    forms["ShareGPT"] = [{"conversations": [{"from": "human", "value": x}]} for x in texts]
+    tokenizer = repo.load_tokenizer(str(files.policy), "--models first")
+    for name, rows in forms.items():
+        (path := tmp_path / f"{name}.json").write_text(json.dumps(rows), "utf-8-sig" if name == "list" else "utf-8")
+        args = Score(dataset=str(path), dataset_split="train", prompt_column="question")
+        assert [row["prompt"] for row in read_prompts(args, {"first": tokenizer})[0]] == texts, name
     assert score("first", output_dir=tmp_path / "size", eval_size=5).code == 0
     assert answered(tmp_path / "size") == answered(finished[0])[:5]
     outcome = score("first", output_dir=tmp_path / "short", max_prompt_length=5)
     short = [row["prompt"] for row in answered(tmp_path / "short")]
     assert short == [text for text in texts if len(text.split()) < 5]
-    assert f"dropped {13 - len(short)} of 13 prompts" in outcome.err
+    assert f"kept {len(short)} of 13 rows" in outcome.err and "one over 5 tokens" in outcome.err
+
+
+def test_a_prompt_of_several_messages(score, files, models, tmp_path):
+    """It needs a chat template; it is kept as it is, and people and judges read it as lines."""
+    tokenizer, policies = tiny.make_tokenizer(), [models["first"], models["second"]]
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }} . {% endfor %}"
+    for source in (*policies, files.reward, files.cost):
+        tokenizer.save_pretrained(tiny.copy_model(source, tmp_path / source.name))
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(("ba", "be", "bi?"))]
+    flags = dict(dataset=tiny.write_rows(tmp_path / "chat.jsonl", [{"prompt": turns}]), output_dir=tmp_path / "out")
+    flags |= {f"{name}_model": tmp_path / name for name in ("reward", "cost")}
+    names, out = [f"{source.name}={tmp_path / source.name}" for source in policies], tmp_path / "out"
+    assert "use --prompt-template chat" in score(*names, **flags).errors[0] and not out.exists()
+    for _ in range(2):  # the second time no answer is missing
+        assert score(*names, **flags, prompt_template="chat").code == 0
+    assert [row["prompt"] for row in answered(out)] == [turns, turns]
+    assert call(["blind", "export", "--responses", out, "--sheet", tmp_path / "sheet.csv"]).code == 0
+    assert "user: ba\nassistant: be\nuser: bi?" in (tmp_path / "sheet.csv").read_text()
 
 
 def rows_of(rewards, costs, name="model"):
@@ -278,10 +304,9 @@ def test_what_is_free_to_change_and_a_model_that_is_added(finished, score, tmp_p
         (dict(names=["a=nobody/nothing"]), "--models a nobody/nothing"),
         (dict(output_dir="new", reward_model="first"), "--reward-model first"),
         (dict(dataset="nobody/nothing.json"), "--dataset nobody/nothing.json"),
-        (dict(dataset="empty.json"), "row 1 has '' as 'prompt'"),
-        (dict(prompt_column="question"), "no column 'question'"),
+        (dict(prompt_column="question"), "dropped 13 without a prompt"),
         (dict(group_by="kind"), "--group-by kind: the columns of"),
-        (dict(max_prompt_length=1), "all prompts are over --max-prompt-length 1"),
+        (dict(max_prompt_length=1), "kept 0 of 13 rows, cut 0 texts, dropped 13 with"),
         (dict(temperature=0), "--temperature is 0"),
         (dict(prompt_template="Q:"), "has no {prompt} in it"),
         (dict(bath_size=8), "bath-size"),
@@ -296,7 +321,6 @@ def test_mistakes(finished, score, files, models, tmp_path, monkeypatch, flags, 
     for name in ("first", "second"):
         (tmp_path / name).symlink_to(models[name])
     (tmp_path / "changed.jsonl").write_text(files.test.read_text().replace("?", "."))
-    (tmp_path / "empty.json").write_text('["ba", ""]')
     tiny.write_rows(tmp_path / "own.csv", [{"prompt": "ba", "label": "safe"}, {"prompt": "be", "label": "harmless"}])
     before, flags = contents(finished[0]), dict(output_dir=finished[0]) | flags
     outcome = score(*flags.pop("names", ["first"]), **flags)
@@ -310,8 +334,8 @@ def test_data_that_changed_and_scores_that_are_no_numbers(score, files, tmp_path
     assert score("first", output_dir=tmp_path / "out", dataset=data).code == 0
     data.write_text(files.test.read_text().replace("?", "."))
     assert "--dataset: its prompts are not those" in score("first", output_dir=tmp_path / "out", dataset=data).errors[0]
-    broken = tiny.copy_model(files.reward, tmp_path / "broken", lambda w: w["score.weight"].fill_(math.nan))
-    outcome = score("first", output_dir=tmp_path / "nan", reward_model=broken)
+    bad = tiny.copy_model(files.reward, tmp_path / "bad", lambda w: w["model.embed_tokens.weight"][5:].fill_(math.nan))
+    outcome = score("first", output_dir=tmp_path / "nan", reward_model=bad)
     assert outcome.code == 2 and "error: --reward-model: the score of first on prompt 0 is nan" in outcome.err
     assert answered(tmp_path / "nan") == []
 
@@ -400,7 +424,7 @@ def test_the_card_of_a_run(repo_run, tmp_path):
 
 def test_cards_of_other_algorithms(tmp_path):
     """SACPO has several models; a base model and data on the Hub are named; a figure may not be finite."""
-    args = dict(model="org/base", dataset="org/pairs", eval_dataset="org/pairs", prompt_template="{prompt} | A:")
+    args = dict(model="org/base", dataset=["org/pairs"], eval_dataset="org/pairs", prompt_template="{prompt} | A:")
     stages = [{"preference": name, "eval": {"pair_accuracy": 0.6125, "gap": None}} for name in ("helpful", "safe")]
     for name in ("stage1", "stage2", "merged/q0.5"):
         (tmp_path / name).mkdir(parents=True)

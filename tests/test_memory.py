@@ -10,11 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, sharded
+from helpers import ROOT
 
 sys.path.append(str(ROOT / "benchmark"))
 import memory
-from memory import repo
 
 HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, INTERMEDIATE, VOCABULARY = SIZES = 64, 2, 4, 2, 96, 80
 WIDTH = HIDDEN // HEADS * KEY_VALUE_HEADS  # of the keys of one token
@@ -34,9 +33,7 @@ json.dump({"base": measure(2), "alone": measure(1)}, sys.stdout)
 
 
 def measure(ranks) -> dict:
-    """The count, with this tiny model sharded as the large ones are."""
-    with sharded(repo):
-        return memory.measure(memory.llama(*SIZES, False), ranks, ARGS)
+    return memory.measure(memory.llama(*SIZES, False), ranks, ARGS)
 
 
 @pytest.fixture(scope="module")

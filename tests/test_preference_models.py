@@ -72,6 +72,17 @@ def test_updates_by_hand(run, files, tmp_path, kind):
         assert {name: metrics[step][name] for name in expected} == pytest.approx(expected, rel=ROUNDING)
 
 
+def test_the_row_of_eos_is_trained_where_it_is_also_the_pad_token(run, tmp_path):
+    """The gradients of all rows of the embedding are those with another pad token in the configuration."""
+    source, gradients = tiny.make_model(tmp_path / "model", tokenizer=tiny.make_tokenizer(pad=False)), []
+    for pad in (1, 60):
+        folder = tiny.copy_model(source, tmp_path / f"pad {pad}", pad_token_id=pad)
+        with recorded_updates() as updates:
+            assert run(preference_models, output_dir=tmp_path / f"run {pad}", model=folder).code == 0
+        gradients.append(updates[0][1])
+    assert all(map(torch.equal, *gradients)) and gradients[0][0][1].abs().max() > 1e-4
+
+
 @EVERY_KIND
 def test_a_run_learns_and_writes_its_files(run, files, tmp_path, kind):
     """Length decides what is better, one word what is unsafe. The library's model gives the logged scores."""

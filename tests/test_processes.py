@@ -1,10 +1,8 @@
-"""The same run over one, two and four processes and over two nodes of two, of every script.
+"""The same run over one, two and four processes, of every script.
 
-Gradients of the first update differ by the order of sums in float32 only. Adam divides a gradient by its size, so that
-a weight whose gradient is all rounding may move by the learning rate in either direction; those are few.
-"""
+Gradients of the first update differ by the order of sums in float32 only. Adam divides a gradient by its size: the few
+weights whose gradient is all rounding may move by the learning rate in either direction."""
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from helpers import SCRIPTS, assert_near, command, read_lines, read_summary, recorded_updates, run_main, sharded
+from helpers import SCRIPTS, assert_near, command, read_lines, read_summary, recorded_updates, run_main
 from helpers import without_times as timeless
 from safetensors.torch import load_file
 
@@ -28,31 +26,29 @@ RUNS = {
     "dpo": ("sacpo", dict(loss="dpo", merge_q=0.5, micro_batch_size=3)),
     "kto": ("sacpo", dict(loss="kto", stages=["safe"], micro_batch_size=3)),
 }
-WORLDS = {1: list(RUNS), 2: list(RUNS), 4: ["average", "cost"], "2x2": ["response", "dpo"]}
+WORLDS = {1: list(RUNS), 2: list(RUNS), 4: ["average", "cost", "dpo"]}
 PAIRS = [(world, name) for world, names in WORLDS.items() if world != 1 for name in names]
 
 
 def main(folder, jobs):
     """What every process does: all the runs, one after the other, in one process group."""
     processes = repo.start_processes()
-    small = dist.get_world_size() == 2
     for name, (script, words) in jobs.items():
         script = SCRIPTS[script]
-        with recorded_updates() as updates, contextlib.nullcontext([]) if small else sharded(script) as meshes:
+        with recorded_updates() as updates:
             outcome = run_main(script, processes, [*words, "--output-dir", f"{folder}/{name}"])
         if outcome.code:
             sys.exit(f"{name}: {outcome}")
         models = 3 if hasattr(script.Args, "reward_critic") else 1
         if dist.get_rank() == 0:
-            torch.save((updates[:models], meshes), f"{folder}/{name}/updates.pt")
+            torch.save(updates[:models], f"{folder}/{name}/updates.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folders(forks, defaults, tmp_path_factory):
-    """For each number of processes, a folder with its runs. Two processes have copies of all models, as these are
-    small; the others shard them like large ones."""
+    """For each number of processes, a folder with its runs."""
     rows = [{"prompt": row["prompt"], "response": row["response_1"]} for row in tiny.make_pairs(25, seed=4)]
     supervised = tiny.write_rows(tmp_path_factory.mktemp("supervised") / "rows.jsonl", rows)
     found, started = {}, []
@@ -63,7 +59,7 @@ def folders(forks, defaults, tmp_path_factory):
             flags = defaults[script] | flags | (dict(ptx_dataset=supervised) if name == "average" else {})
             jobs[name] = script, command(**flags)
         (found[world] / "jobs.json").write_text(json.dumps(jobs))
-        started.append(forks.start([__file__, found[world]], *((4, 2) if world == "2x2" else (world, 1))))
+        started.append(forks.start([__file__, found[world]], world))
     for outcome in (outcome for processes in started for outcome in processes.finish(400)):
         assert outcome.code == 0, f"{outcome.out}\n{outcome.err}"
     return found
@@ -84,23 +80,21 @@ def near(line, expected, tolerance):
 def test_a_run_over_processes_is_the_run_of_one(folders, world, name):
     """The same gradients; the same responses, word for word, in the same order, each once; weights and metrics."""
     one, other = folders[1] / name, folders[world] / name
-    (updates, _), (other_updates, meshes) = torch.load(one / "updates.pt"), torch.load(other / "updates.pt")
-    for (parameters, gradients), (other_parameters, other_gradients) in zip(updates, other_updates, strict=True):
+    updates = zip(torch.load(one / "updates.pt"), torch.load(other / "updates.pt"), strict=True)
+    for (parameters, gradients), (other_parameters, other_gradients) in updates:
         assert all(map(torch.equal, parameters, other_parameters))
         assert_near(other_gradients, gradients, 1e-5)
     for log, tolerance in (("metrics.jsonl", 2e-4), ("eval.jsonl", 1e-3)):
         for line, expected in zip(read_lines(other / log), read_lines(one / log), strict=True):
             near(line, expected, tolerance)
     summary, expected = read_summary(other), read_summary(one)
-    assert (expected["processes"], summary["processes"]) == (1, 4 if world == "2x2" else world)
+    assert (expected["processes"], summary["processes"]) == (1, world)
     chosen = [name for name in ("before", "after", "eval", "data", "episodes", "pairs") if name in expected]
     near({name: summary[name] for name in chosen}, {name: expected[name] for name in chosen}, 1e-3)
     weights, other_weights = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
     assert weights.keys() == other_weights.keys()
     differences = torch.cat([(weights[key] - other_weights[key]).abs().flatten() for key in weights])
     assert (differences > 1e-5).float().mean() < 0.01 and differences.max() <= 2 * 1e-3 * 10  # learning rate, steps
-    # Large models are sharded inside a node and replicated across.
-    assert all(mesh == {4: [4], "2x2": [2, 2]}[world] for mesh in meshes) and bool(meshes) == (world != 2)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ PREFERENCES = dict(
     weight_decay=0.1, warmup_ratio=0.03, max_length=512, regularization=0.001, gradient_checkpointing=True, resume=True,
 )  # fmt: skip
 SACPO = dict(
-    dataset="PKU-Alignment/PKU-SafeRLHF-30K", eval_dataset="PKU-Alignment/PKU-SafeRLHF-30K", train_size=0, epochs=3,
+    dataset=("PKU-Alignment/PKU-SafeRLHF-30K",), eval_dataset=("PKU-Alignment/PKU-SafeRLHF-30K",), train_size=0,
     batch_size=8 * 16 * 2, micro_batch_size=16, learning_rate=2e-5, warmup_ratio=0.03, max_prompt_length=128,
-    max_length=512, stages=("helpful", "safe"), loss=("dpo",), beta=0.1, beta_over_lambda=0.025,
+    epochs=3, max_length=512, stages=("helpful", "safe"), loss=("dpo",), beta=0.1, beta_over_lambda=0.025,
     merge_q=(0.25, 0.5, 0.75), gradient_checkpointing=True, resume=True,
 )  # fmt: skip
 SUITES = ["I-MaliciousInstructions", "I-CoNa", "I-Controversial", "I-PhysicalSafetyUnsafe", "I-PhysicalSafetySafe"]

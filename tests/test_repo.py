@@ -1,7 +1,4 @@
-"""repo.py from end to end on tiny checkpoints and data: files, options, responses, score models and critics.
-
-And what ppo_lagrange.py shares with it run for run, with plain PPO as a setting of it.
-"""
+"""repo.py from end to end: files, options, responses, scores, critics, and what ppo_lagrange.py shares with it."""
 
 import json
 import math
@@ -12,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from helpers import ROOT, changed, command, finish, load_policy, read_back, read_lines, read_summary, start
+from helpers import ROOT, changed, command, finish, load_policy, load_scores, read_lines, read_summary, start
 from helpers import recorded_updates as recorded
 from helpers import without_times as timeless
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppo_lagrange
+import preference_models
 import repo
 
 
@@ -31,21 +27,15 @@ def whole(run, tmp_path_factory):
     return folder
 
 
-def test_metrics_and_tensorboard(whole):
+def test_args_summary_and_evaluations(whole, files):
     metrics = read_lines(whole / "metrics.jsonl")
     assert [(line["iteration"], line["episodes"]) for line in metrics] == [(1, 16), (2, 32), (3, 48)]
     assert all(math.isfinite(value) for line in metrics for value in line.values())
-    board = EventAccumulator(str(whole / "tensorboard")).Reload()  # its names are held to the page in test_docs.py
-    expected = [(i, pytest.approx(line["lambda"])) for i, line in enumerate(metrics, 1)]
-    assert [(event.step, event.value) for event in board.Scalars("safety/lambda")] == expected
-
-
-def test_args_summary_and_evaluations(whole, files):
     args, summary = json.loads((whole / "args.json").read_text()), read_summary(whole)
     assert args.keys() == repo.Args.__dataclass_fields__.keys() and args["model"] == str(files.policy)
     assert summary.items() >= {"algorithm": "repo", "seed": 1, "episodes": 48, "dtype": "float32"}.items()
     assert summary["wall_seconds"] > 0 and summary["episodes_per_second"] > 0 and summary["processes"] == 1
-    assert summary["lambda"] == read_lines(whole / "metrics.jsonl")[-1]["lambda"]
+    assert summary["lambda"] == metrics[-1]["lambda"]
     prompts, rows = [row["prompt"] for row in read_lines(files.test)], read_lines(whole / "eval.jsonl")
     assert [(row["iteration"], row["prompt"]) for row in rows] == [(i, text) for i in (0, 2, 3) for text in prompts]
     for name, iteration in (("before", 0), ("after", 3)):
@@ -55,14 +45,6 @@ def test_args_summary_and_evaluations(whole, files):
         expected["safety_compliance"] = sum(row["cost"] <= 0 for row in own) / 13
         expected["violation"] = sum(max(row["cost"], 0) for row in own) / 13
         assert summary[name] == pytest.approx(expected)
-
-
-def test_the_model_loads_and_has_learnt(whole, files):
-    assert {path.suffix for path in (whole / "model").iterdir()} <= {".json", ".safetensors"}
-    start, end = (read_back(AutoModelForCausalLM, path).state_dict() for path in (files.policy, whole / "model"))
-    assert start.keys() == end.keys() and all((start[name] != end[name]).any() for name in start)
-    text = "ba pi ke? sa"
-    assert AutoTokenizer.from_pretrained(whole / "model")(text) == AutoTokenizer.from_pretrained(files.policy)(text)
 
 
 def test_seeds_and_tracking(run, whole, tmp_path, monkeypatch):
@@ -102,24 +84,24 @@ def test_every_response_has_random_numbers_of_its_own(run, tmp_path):
 
 
 def test_each_iteration_takes_other_supervised_texts(run, tmp_path):
+    """Which are found whatever column and configuration have the prompts."""
     rows = [{"prompt": f"{word}?", "response": word} for word in tiny.WORDS[:40]]
-    data, taken, ptx_backward = tiny.write_rows(tmp_path / "ptx.jsonl", rows), [], repo.ptx_backward
+    data, taken, ptx_backward = tmp_path / "ptx", [], repo.ptx_backward
+    for name in ("prompts", "ptx"):
+        (tmp_path / name).mkdir()
+    tiny.write_rows(data / "train.jsonl", rows)
+    tiny.write_rows(tmp_path / "prompts" / "a.jsonl", [{"question": word, "prompt": 7} for word in tiny.WORDS])
+    card = "---\nconfigs:\n- {config_name: one, data_files: a.jsonl}\n- {config_name: two, data_files: b.jsonl}\n---\n"
+    (tmp_path / "prompts" / "README.md").write_text(card)
 
     def record(args, policy, tokenizer, texts):
-        taken.extend(tuple(ids) for ids, _ in texts)
+        taken.extend(text["responses"][0] for text in texts)
         return ptx_backward(args, policy, tokenizer, texts)
 
     with changed(repo, ptx_backward=record):
-        assert run(repo, output_dir=tmp_path / "run", ptx_dataset=data, total_episodes=32).code == 0
+        flags = dict.fromkeys(("dataset", "eval_dataset"), tmp_path / "prompts") | dict(prompt_column="question")
+        assert run(repo, output_dir=tmp_path / "run", ptx_dataset=data, dataset_config="one", **flags).code == 0
     assert len(taken) == len(set(taken)) == 32
-
-
-@pytest.mark.parametrize(
-    "flag, value", [("learning_rate", "inf"), ("lambda_init", -1), ("temperature", 0), ("kl_coef", "nan")]
-)
-def test_numbers_that_make_no_sense(run, tmp_path, flag, value):
-    outcome = run(repo, output_dir=tmp_path / "run", **{flag: value})
-    assert outcome.code == 2 and len(outcome.errors) == 1 and not (tmp_path / "run" / "model").exists()
 
 
 def test_warm_up_and_bfloat16(run, files, tmp_path):
@@ -147,31 +129,107 @@ PROMPTS = ["ba pi?", "ke?", "sa le ra mu?"]  # "ke" and "pi" side by side would 
 TEXTS = ["sa le", "pi ke mu ra ba", "? ."]
 
 
-@pytest.mark.parametrize("kind", ["reward", "cost"])
-def test_a_score_model_with_another_tokenizer_gives_the_same_scores(files, processes, tmp_path, kind):
-    """The same weights for a permuted vocabulary: prompts and responses go through their texts, EOS where one was."""
+def load_scorer(files, processes, folder, prompts=PROMPTS, longest=20, **flags):
+    """A score model as repo.py loads it beside the policy."""
+    tokenizer = repo.load_tokenizer(str(files.policy), "--model")
+    options = dict(mesh=processes[1], dtype=torch.float32, longest=longest, tokenizer=tokenizer)
+    prompts = [{"prompt": prompt} for prompt in prompts]
+    return repo.load_scorer(repo.Args(max_new_tokens=8, **flags), str(folder), "--reward-model", prompts, options)
 
-    def load(folder, **flags):
-        options = dict(mesh=processes[1], dtype=torch.float32, longest=0)
-        policy_tokenizer = repo.load_tokenizer(str(files.policy), "--model")
-        return repo.load_scorer(repo.Args(**flags), str(folder), "--reward-model", policy_tokenizer, options)
 
-    original, tokenizer, ends = getattr(files, kind), tiny.make_tokenizer(), [True, False, True]
-    ids = [[*tokenizer(text)["input_ids"], *[1] * end] for text, end in zip(TEXTS, ends, strict=True)]
+def lay_out(texts, ends):
+    """Responses of these texts to PROMPTS."""
+    tokenizer = tiny.make_tokenizer()
+    ids = [[*tokenizer(text)["input_ids"], *[1] * end] for text, end in zip(texts, ends, strict=True)]
     left, left_mask = repo.pad(tokenizer, tokenizer(PROMPTS)["input_ids"], "left", "cpu")
     right, right_mask = repo.pad(tokenizer, ids, "right", "cpu")
     both = torch.cat([left, right], 1), torch.cat([left_mask, right_mask], 1)
-    responses = repo.Responses(*both, right_mask, torch.tensor(ends), TEXTS)
-    same, other = load(original), load(tiny.permuted_copy(original, tmp_path / "permuted"))
+    return repo.Responses(*both, right_mask, torch.tensor(ends), texts, both[0])
+
+
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+def test_a_score_model_with_another_tokenizer_gives_the_same_scores(files, processes, tmp_path, kind):
+    """The same weights for a permuted vocabulary: prompts and responses go through their texts, EOS where one was."""
+    original, tokenizer, ends = getattr(files, kind), tiny.make_tokenizer(), [True, False, True]
+    responses = lay_out(TEXTS, ends)
+    same = load_scorer(files, processes, original)
+    other = load_scorer(files, processes, tiny.permuted_copy(original, tmp_path / "permuted"))
     assert same.shares_tokens and not other.shares_tokens
     scores, expected = (repo.score_responses(scorer, PROMPTS, responses, 2) for scorer in (other, same))
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
     # The templates of policy and score model differ: the tokens do, too.
-    framed, rows = load(original, score_prompt_template="ba {prompt}"), zip(PROMPTS, TEXTS, ends, strict=True)
+    framed = load_scorer(files, processes, original, score_prompt_template="ba {prompt}")
+    rows = zip(PROMPTS, TEXTS, ends, strict=True)
     rows = [tokenizer(f"ba {prompt}{text}")["input_ids"] + [1] * end for prompt, text, end in rows]
     with torch.no_grad():
         expected = [framed(torch.tensor([row]), torch.ones(1, len(row)).long())[0, -1].item() for row in rows]
     assert repo.score_responses(framed, PROMPTS, responses, 2).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_score_model_that_reads_fewer_tokens(files, processes, tmp_path, capsys):
+    """Refused, where prompts and responses are too long in its own tokens; texts that lose their end are counted."""
+    tiny.make_model(tmp_path / "short", "score", max_position_embeddings=14)
+    folder = tiny.permuted_copy(tmp_path / "short", tmp_path / "other")
+    for name, prompts in ((folder, ["ba " * 7]), (tmp_path / "short", ["ba"])):
+        with pytest.raises(repo.UserError, match=f"--reward-model {name} .*reads 14 tokens, but a text may have"):
+            load_scorer(files, processes, name, prompts)
+    model = load_scorer(files, processes, folder)
+    for texts, count in (["sa le", "pi ke mu ra ba", "? ."], 0), (["sa " * 12, "pi ke mu ra ba", "? " * 12], 2):
+        scores = repo.score_responses(model, PROMPTS, lay_out(texts, [True, False, True]), 2)
+        said = f"{count} responses lost their end: a score model reads 14 tokens; lower --max-new-tokens\n"
+        assert capsys.readouterr().err == (said if count else "")
+    for row in (0, 2):
+        ids = model.tokenizer(f"{PROMPTS[row]}{texts[row]}")["input_ids"][:14]
+        assert scores[row].item() == pytest.approx(model(torch.tensor([ids]), torch.ones(1, 14).long())[0, -1].item())
+
+
+@pytest.mark.parametrize("template", ["{prompt}", "chat"])
+def test_a_finished_response_is_scored_as_score_models_are_trained(processes, tmp_path, template):
+    """Whichever of several EOS tokens ended it: preference_models.py's tokens of the same text, and the same score."""
+    plain = tiny.make_chat_tokenizer()
+    folders = [tiny.make_model(tmp_path / name, name, tokenizer=plain) for name in ("policy", "score")]
+    ends = [plain.get_vocab()[name] for name in ("<eos>", "<end>", "pi")]
+    tiny.edit_json(folders[0] / "generation_config.json", eos_token_id=ends)
+    policy, model = load_policy(folders[0], processes), load_scores(folders[1], processes)
+    tokenizer = repo.load_tokenizer(str(folders[0]), "--model", template)
+    assert tokenizer.end_id == ends[template == "chat"]
+    prompts = [f"{word}?" for word in tiny.WORDS] * 2
+    uniforms = torch.rand(len(prompts), 12, generator=torch.Generator().manual_seed(0))
+    responses = repo.sample_responses(policy, tokenizer, repo.encode(tokenizer, prompts), uniforms, 1.0)
+    model.shares_tokens = True
+    scores = repo.score_responses(model, prompts, responses, 16)
+    rows = [dict(prompt=prompts[i], chosen=text, rejected="sa") for i, text in enumerate(responses.texts)]
+    data, last, compared = tmp_path / "pairs.jsonl", responses.response_mask.sum(1) - 1, []
+    for i in responses.finished.nonzero()[:, 0].tolist():
+        tokens = responses.sequences[i, -responses.response_mask.shape[1] :][: last[i] + 1].tolist()
+        if tokens[-1] == ends[2] or not tokens[:-1] or plain(responses.texts[i])["input_ids"][1:] != tokens[:-1]:
+            continue  # a word of the text that ends it, or a special token in its middle, is not in what decoding gives
+        tiny.write_rows(data, [rows[i]])
+        args = preference_models.Args(prompt_template=template)
+        (pair,) = preference_models.load_pairs(args, str(data), "train", "--dataset", tokenizer)
+        ids = torch.tensor([pair["ids"][0]])
+        assert pair["ids"][0][-1] == tokenizer.end_id
+        assert scores[i].item() == pytest.approx(repo.text_scores(model, ids, torch.ones_like(ids)).item(), abs=1e-5)
+        compared.append(tokens[-1])
+    assert {*compared} == {*ends[:2]}
+
+
+def test_tokens_that_the_tokenizer_lacks_are_never_sampled(processes, tmp_path):
+    """An embedding of more rows than tokens, padded for speed: those of no token count for nothing."""
+    plain = tiny.make_model(tmp_path / "plain")
+
+    def widen(weights):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = torch.cat([weights[name], 1e3 * torch.randn(128 - len(weights[name]), 16)])
+
+    wide = tiny.copy_model(plain, tmp_path / "wide", widen, vocab_size=128)
+    (one, tokenizer), (other, _) = (sample(folder, processes) for folder in (plain, wide))
+    assert torch.equal(one.sequences, other.sequences) and one.sequences.max() < len(tokenizer)
+    ids, mask = one.sequences, one.attention_mask
+    policies = [load_policy(folder, processes) for folder in (plain, wide)]
+    assert policies[1](ids).logits[..., len(tokenizer) :].max() > 100
+    logprobs = [repo.response_logprobs(policy, ids, mask, ids.shape[1] - 1, 0.7) for policy in policies]
+    torch.testing.assert_close(*logprobs)
 
 
 def test_where_critics_start(run, files, tmp_path):
@@ -217,7 +275,8 @@ def count_ended(responses, prompts, tokenizer, eos_ids):
         assert responses.attention_mask[row].tolist() == [0] * left + [1] * (len(prompt) + kept) + [0] * (length - kept)
         assert responses.sequences[row, left:-length].tolist() == prompt
         assert bool(responses.finished[row]) == (end is not None)
-        assert responses.texts[row] == tokenizer.decode(tokens[:kept], skip_special_tokens=True)
+        words = tokenizer.decode([prompt[-1], *tokens[:kept]], skip_special_tokens=True)
+        assert responses.texts[row] == words.removeprefix(tokenizer.decode(prompt[-1:]))  # also the blank before it
     return int(responses.finished.sum())
 
 
@@ -240,20 +299,18 @@ def test_a_response_keeps_its_eos_and_masks_what_follows(files, processes, tmp_p
 
 
 def test_a_response_depends_on_nothing_but_its_prompt_and_its_numbers(files, processes, tmp_path):
-    """Neither on its neighbours and the padding that they cause, nor on dropout and settings for generation."""
+    """Neither on its neighbours and the padding that they cause, nor on settings for generation."""
     prompts = ["ba pi?", "ke sa le ra mu di fo?", "ke"]
     uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(0))
     together, _ = sample(files.policy, processes, prompts, uniforms)
     for row in range(3):
         alone, _ = sample(files.policy, processes, prompts[row : row + 1], uniforms[row : row + 1])
         assert torch.equal(together.sequences[row][together.attention_mask[row].bool()], alone.sequences[0])
-    folder = tiny.copy_model(files.policy, tmp_path / "policy", attention_dropout=0.5)
+    folder = tiny.copy_model(files.policy, tmp_path / "policy")
     bent = dict(temperature=3.0, top_p=0.1, top_k=2, do_sample=True, repetition_penalty=5.0, max_length=3, num_beams=3)
     tiny.edit_json(folder / "generation_config.json", **bent)
     assert torch.equal(sample(folder, processes, prompts, uniforms)[0].sequences, together.sequences)
-    policy, ids = load_policy(folder, processes).train(), torch.tensor([[5, 6, 7, 8]])
-    assert torch.equal(policy(ids).logits, policy(ids).logits)
-    repo.save_model(policy, tiny.make_tokenizer(), tmp_path / "saved")
+    repo.save_model(load_policy(folder, processes), tiny.make_tokenizer(), tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()).items() >= bent.items()
 
 
@@ -268,7 +325,7 @@ def run_both(run, folder, **flags):
 
 def test_where_everything_violates_both_scripts_are_one(run, tmp_path):
     """{C - d}^+ = C - d under a threshold below all costs: the same numbers to the last bit, in all files."""
-    ours, theirs = run_both(run, tmp_path, cost_threshold=-100, lambda_lr=1e-4, responses_per_prompt=2)
+    ours, theirs = run_both(run, tmp_path, cost_threshold=-100, lambda_lr=1, lambda_max=1.5, responses_per_prompt=2)
     assert ours[:2] == theirs[:2] and all(torch.equal(value, theirs[2][name]) for name, value in ours[2].items())
     assert all(line["safety_compliance"] == 0 and line["lambda"] > 1 for line in ours[0])
 

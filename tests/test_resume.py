@@ -1,21 +1,18 @@
 """Runs that are cut off go on to the same end: checkpoints, resuming, logs, refusals, signals, kills.
 
-Most runs are cut off in this process by an exception, which leaves the files that a kill would leave there.
-"""
+Most runs are cut off by an exception in this process, which leaves the files that a kill would leave there."""
 
 import json
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
-from helpers import ROOT, changed, command, contents, finish, read_lines, read_summary, run_main, sharded, start
+from helpers import ROOT, changed, command, contents, finish, read_lines, read_summary, start
 from helpers import without_times as timeless
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -129,30 +126,20 @@ def test_a_process_that_was_killed(run, forks, defaults, whole, tmp_path, name):
     compare(whole(name), folder)
 
 
-def main(words):
-    """repo.py with all models sharded over the processes, however small they are."""
-    with sharded(repo):
-        outcome = run_main(repo, repo.start_processes(), words)
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.exit(outcome.code)
-
-
 def test_another_number_of_processes_goes_on(run, forks, defaults, whole, tmp_path):
-    """One process begins and two go on, with shards or copies; two begin and one goes on: as without a break."""
-    words = command(**defaults["repo"] | RUNS["repo"][1] | dict(save_every=2, resume=True))
-    cut_off(run, "repo", tmp_path / "copies", 3 * 3)
-    shutil.copytree(tmp_path / "copies", tmp_path / "shards")
-    starts = {"copies": ROOT / "repo.py", "shards": __file__, "fewer": __file__}
-    started = {name: forks.start([file, *words, "--output-dir", tmp_path / name], 2) for name, file in starts.items()}
-    started["fewer"].wait_until((tmp_path / "fewer" / "checkpoints" / "00000002").exists)
-    started["fewer"].send_signal(signal.SIGKILL)
-    for name in ("copies", "shards"):
-        assert [outcome.code for outcome in started[name].finish()] == [0, 0]
+    """One process begins and two go on; two begin and one goes on: as without a break."""
+    words = [ROOT / "repo.py", *command(**defaults["repo"] | RUNS["repo"][1] | dict(save_every=2, resume=True))]
+    cut_off(run, "repo", tmp_path / "more", 3 * 3)
+    more, fewer = (forks.start([*words, "--output-dir", tmp_path / name], 2) for name in ("more", "fewer"))
+    fewer.wait_until((tmp_path / "fewer" / "checkpoints" / "00000002").exists)
+    fewer.send_signal(signal.SIGKILL)
+    assert [outcome.code for outcome in more.finish()] == [0, 0]
     assert not (tmp_path / "fewer" / "summary.json").exists()
+    place = tmp_path / "fewer" / "checkpoints" / "00000002"
+    assert len(list(place.glob("*.safetensors"))) == 2  # each rank writes its own
     assert resume(run, "repo", tmp_path / "fewer").code == 0
     expected = read_lines(whole("repo") / "metrics.jsonl")
-    for name, count in (("copies", 2), ("shards", 2), ("fewer", 1)):
+    for name, count in (("more", 2), ("fewer", 1)):
         for line, other in zip(read_lines(tmp_path / name / "metrics.jsonl"), expected, strict=True):
             assert timeless(line) == pytest.approx(timeless(other), rel=1e-4, abs=1e-5)
         assert read_summary(tmp_path / name)["processes"] == count
@@ -214,7 +201,8 @@ def test_logs_are_cut_back_to_the_checkpoint_and_times_add_up(run, tmp_path):
     assert [line["iteration"] for line in read_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [row["iteration"] for row in read_lines(folder / "eval.jsonl")] == [0] * 13 + [2] * 13 + [4] * 13
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert [event.step for event in board.Scalars("reward/reward")] == [1, 2, 3, 4]
+    expected = [(line["iteration"], pytest.approx(line["lambda"])) for line in read_lines(folder / "metrics.jsonl")]
+    assert [(event.step, event.value) for event in board.Scalars("safety/lambda")] == expected
     assert 1000 < read_summary(folder)["wall_seconds"] < 1100
     places = list((folder / "checkpoints").iterdir())
     assert {place.name for place in places} == {"00000003", "00000004"}  # the newest two
@@ -259,7 +247,3 @@ def test_flags_that_do_not_matter_may_change(run, whole, tmp_path):
     one, other = (read_lines(folder / "metrics.jsonl") for folder in (whole("repo"), tmp_path / "moved"))
     for line, expected in zip(other, one, strict=True):
         assert timeless(line) == pytest.approx(timeless(expected), rel=1e-4, abs=1e-5)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

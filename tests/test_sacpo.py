@@ -28,10 +28,7 @@ LABELS = [True, True, False, False, False, True]
 @pytest.mark.parametrize("beta, dpo, kto", [(0.1, 0.7183404564857483, 0.45436015725135803),
                                             (0.5, 1.0311779975891113, 0.5149676203727722)])  # fmt: skip
 def test_losses_are_those_of_a_well_known_library(beta, dpo, kto):
-    """TRL 1.16.0 on the same log-probabilities: DPOTrainer with sigmoid; KTOTrainer with z_0 0.5, weights 1 and 0.75.
-
-    And their gradients by the closed form.
-    """
+    """TRL 1.16.0's DPOTrainer (sigmoid), and KTOTrainer with z_0 0.5, weights 1 and 0.75; gradients in closed form."""
     pairs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (CHOSEN, REJECTED)]
     ref = [torch.tensor(x, dtype=torch.float64) for x in (REF_CHOSEN, REF_REJECTED)]
     losses = sacpo.dpo_loss(*pairs, *ref, beta)
@@ -119,9 +116,9 @@ def test_z_0_is_the_mean_log_ratio_cut_at_zero(run, tmp_path, shift):
 
 def test_mismatched_texts_take_the_next_other_prompt():
     ids = [([4], [7, 8, 9]), ([4], [9])]
-    pairs = [{"prompt": prompt, "ids": [([i], y) for _, y in ids]} for i, prompt in enumerate("aab")]
+    pairs = [{"prompts": (a, b), "ids": [([i], y) for _, y in ids]} for i, (a, b) in enumerate(("aa", "aa", "bb"))]
     crossed = sacpo.mismatch(pairs, 3)
-    assert [pair["prompt"] for pair in crossed] == ["b", "b", "a"]
+    assert ["".join(pair["prompts"]) for pair in crossed] == ["bb", "bb", "aa"]
     assert crossed[0]["ids"] == [([2], [7, 8]), ([2], [9])]  # up to three tokens
     assert sacpo.mismatch(pairs[:2], 3) == []
 
@@ -158,8 +155,8 @@ def test_stages_merging_and_files(run, files, tmp_path, name):
         for row, source in zip(rows[13 * (stage - 1) :][:13], read_lines(files.test), strict=True):
             first = source[CHOICES[preference]]
             assert row["responses"] == [source[f"response_{k}"] for k in (first, 1 - first)]
-            for response, value in zip(row["responses"], row["log_ratios"], strict=True):
-                texts = TOKENIZER(row["prompt"])["input_ids"], [*TOKENIZER(response)["input_ids"], EOS]
+            for prompt, response, value in zip(row["prompts"], row["responses"], row["log_ratios"], strict=True):
+                texts = TOKENIZER(prompt)["input_ids"], [*TOKENIZER(response)["input_ids"], EOS]
                 with torch.no_grad():
                     assert value == pytest.approx(by_hand.log_ratio(new, old, *texts).item(), abs=1e-4)
         accuracy = sum(row["log_ratios"][0] > row["log_ratios"][1] for row in rows if row["stage"] == stage) / 13

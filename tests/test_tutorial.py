@@ -1,6 +1,7 @@
 """The tutorial: its diffs are what diff gives, its figures what its scripts print, its functions those of repo.py.
 
-`PYTHONPATH=. python tests/test_tutorial.py` writes what its commands give into docs/from_ppo_to_repo.md.
+`PYTHONPATH=. python tests/test_tutorial.py` copies repo.py's functions into the scripts of the tutorial, and writes
+what the commands of docs/from_ppo_to_repo.md give into that page.
 """
 
 import ast
@@ -107,6 +108,12 @@ def test_the_optima_of_the_page():
 
 
 if __name__ == "__main__":
+    ours = functions(ROOT / "repo.py")
+    for step in STEPS[1:]:
+        text = step.read_text(encoding="utf-8")
+        for name in sorted(set(functions(step)) - {"score", "evaluate", "main"}):
+            text = text.replace(functions(step)[name], ours[name])
+        step.write_text(text, encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
     for found in reversed(list(SHOWN.finditer(page))):
         page = page[: found.start(2)] + output(found[1]) + page[found.end(2) :]

@@ -1,9 +1,6 @@
-"""Whole iterations of repo.py and ppo_lagrange.py a second time, by hand: losses, gradients of all three models,
-optimizer steps, metrics.
+"""Whole iterations of both RL scripts by hand: losses, gradients of all three models, optimizer steps, metrics.
 
-What the script sampled and the parameters it had are recorded. Everything after that is computed anew, text by text,
-with unsharded float64 models and the loops of by_hand.py.
-"""
+What the script sampled and its parameters are recorded. All after that is computed anew, text by text, in float64."""
 
 import contextlib
 import math
@@ -177,7 +174,7 @@ def more_columns(sample_responses):
 
     def widened(*args):
         sampled = sample_responses(*args)
-        sampled.sequences = pad(sampled.sequences, (3, 4), value=20)
+        sampled.sequences, sampled.scored = (pad(ids, (3, 4), value=20) for ids in (sampled.sequences, sampled.scored))
         sampled.attention_mask = pad(sampled.attention_mask, (3, 4))
         sampled.response_mask = pad(sampled.response_mask, (0, 4))
         return sampled

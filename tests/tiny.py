@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,6 +26,22 @@ def make_tokenizer(words=WORDS, pad=True) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     named = dict(unk_token="<unk>", eos_token="<eos>", pad_token="<pad>" if pad else None)
     return PreTrainedTokenizerFast(tokenizer_object=core, **named)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}> {{ message['content'] | trim }} <end>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_chat_tokenizer() -> PreTrainedTokenizerFast:
+    """It puts BOS before every text by itself, as Llama's do, and has no pad token; a turn of a chat ends in <end>."""
+    tokenizer, special = make_tokenizer(pad=False), ["<system>", "<user>", "<assistant>", "<end>"]
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": special})
+    own = [("<bos>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=own)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def make_config(tokenizer, **changes) -> LlamaConfig:

@@ -78,8 +78,7 @@ def token_signal(terminal: Tensor, log_ratio: Tensor, response_mask: Tensor, kl_
     """A score at the last token plus the KL penalty at every token, their sum clamped to ±50; [batch, response].
 
     terminal: [batch]; log_ratio: log π_old - log π_ref of the response tokens, [batch, response].
-    kl_weight: -β for rewards, +β for costs; (R - λ C) / (1 + λ) then has the weight -β whatever λ is.
-    """
+    kl_weight: -β for rewards, +β for costs; (R - λ C) / (1 + λ) then has the weight -β whatever λ is."""
     last = response_mask.sum(1, keepdim=True) - 1
     signal = (kl_weight * log_ratio).scatter_add(1, last, terminal[:, None])
     return signal.clamp(-50, 50) * response_mask
@@ -88,8 +87,7 @@ def token_signal(terminal: Tensor, log_ratio: Tensor, response_mask: Tensor, kl_
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation with γ = 1 (arXiv 1506.02438). Returns advantages and returns.
 
-    All [batch, response]; values[:, t] is the estimate BEFORE token t, and the return after the last token is zero.
-    """
+    All [batch, response]; values[:, t] is the estimate BEFORE token t, and the return after the last token is zero."""
     rewards, values = rewards * response_mask, values * response_mask
     next_values = F.pad(values[:, 1:], (0, 1))
     deltas = rewards + next_values - values
