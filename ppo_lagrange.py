@@ -197,10 +197,9 @@ def sample_responses(policy, tokenizer, prompts: list[list[int]], uniforms: Tens
     policy.set_reshard_after_forward(False)  # each rank keeps the whole policy: no gathering or waiting at each token
     for points in uniforms.double().to(device).split(1, dim=1):  # [batch, 1]
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        inputs = dict(attention_mask=attention_mask, position_ids=position_ids, **cache)
-        if "cache_params" in cache:  # a state-space model would apply the prompt's mask to the new token
-            del inputs["attention_mask"]
-        output = policy(input_ids=tokens, use_cache=True, logits_to_keep=1, **inputs)
+        # A state-space model with a cache would apply the prompt's mask to the new token.
+        inputs = dict(attention_mask=None if "cache_params" in cache else attention_mask, **cache)
+        output = policy(input_ids=tokens, position_ids=position_ids, use_cache=True, logits_to_keep=1, **inputs)
         cache = {name: output[name] for name in ("past_key_values", "cache_params") if name in output}
         logits = output.logits[:, -1, : policy.vocabulary]  # [batch, vocabulary]
         if not cache:
@@ -220,13 +219,10 @@ def sample_responses(policy, tokenizer, prompts: list[list[int]], uniforms: Tens
     tokens, response_mask = sequences[:, prompt_length:], attention_mask[:, prompt_length:]  # [batch, response]
     ended = torch.where(torch.isin(tokens, end_ids), tokenizer.end_id, tokens)
     scored = torch.cat([sequences[:, :prompt_length], ended], 1)
-    # Decoded together with the token before them: some tokenizers drop the space before the first token of a text.
-    counts = response_mask.sum(1).tolist()
-    rows = [row[prompt_length - 1 : prompt_length + n] for row, n in zip(sequences.tolist(), counts, strict=True)]
-    heads, texts = (
-        tokenizer.batch_decode(part, skip_special_tokens=True) for part in ([row[:1] for row in rows], rows)
-    )
-    texts = [text.removeprefix(head) for text, head in zip(texts, heads, strict=True)]
+    # Decoded with the token before them: some tokenizers drop the space before the first token of a text.
+    rows = zip(sequences[:, prompt_length - 1 :].tolist(), response_mask.sum(1).tolist(), strict=True)
+    parts = [tokenizer.batch_decode([row[:1], row[: 1 + count]], skip_special_tokens=True) for row, count in rows]
+    texts = [text.removeprefix(head) for head, text in parts]
     return Responses(sequences, attention_mask, response_mask, running[:, 0] == 0, texts, scored)
 
 
