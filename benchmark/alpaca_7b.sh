@@ -4,7 +4,7 @@
 #
 #     pip install -r requirements.txt
 #     benchmark/alpaca_7b.sh                # everything; models and data come from the Hub
-#     benchmark/alpaca_7b.sh --dry-run      # print the commands
+#     benchmark/alpaca_7b.sh --dry-run      # print the commands, and an estimate of the GPU-hours
 #
 # The paper reports a safety compliance of 43.99% for Alpaca-7B and 96.08% for RePO. Run so far with tiny models only.
 #
@@ -38,6 +38,9 @@ RDZV_ENDPOINT=${RDZV_ENDPOINT:-} # HOST:PORT of one of the nodes
 DTYPE=${DTYPE:-auto}             # bfloat16 on GPUs, with float32 masters
 # Seconds from SIGTERM to SIGKILL: the rest of an iteration, an evaluation at worst, and 239 GB at 0.2 GB a second.
 SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-1800}
+# For the estimate of --dry-run: what gpu.py measured on your card (without it, rates are assumed), and the models' size
+GPU_JSON=${GPU_JSON:-}
+SIZE=${SIZE:-7B}
 
 # Models. Beaver's score models are those of the paper; `reward` and `cost` among the stages train our own from pairs.
 MODEL=${MODEL:-PKU-Alignment/alpaca-7b-reproduced}
@@ -210,4 +213,11 @@ if wanted evaluate; then
             --batch-size "$SCORE_BATCH_SIZE" --dtype "$DTYPE" --seed "$SEED" \
             --output-dir "$OUT/evaluate/$name" "${more[@]}"
     done
+fi
+
+if [[ $dry_run ]]; then
+    echo
+    export STAGES GPU_JSON SIZE EPISODES BATCH_SIZE MAX_PROMPT_LENGTH MAX_NEW_TOKENS MAX_LENGTH GPUS NNODES
+    export PREFERENCE_EPOCHS SACPO_EPOCHS
+    python3 "$ROOT/benchmark/gpu_hours.py"
 fi

@@ -14,7 +14,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 
 export STAGES=${STAGES-sft reward cost repo ppo_lagrange sacpo evaluate}
-export SEED=${SEED:-1}
+export SEED=${SEED:-1} SIZE=${SIZE:-3B}
 export OUT=${OUT:-runs/llama_3b-$SEED}
 export GPUS=${GPUS:-8} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} RDZV_ENDPOINT=${RDZV_ENDPOINT:-}
 export MODEL=${MODEL:-$OUT/sft} # anything else is taken as fine-tuned already

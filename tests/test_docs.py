@@ -14,6 +14,7 @@ from evaluation.judge import Judge
 from evaluation.score import Score
 
 sys.path.append(str(ROOT / "benchmark"))
+import gpu
 import memory
 import throughput
 
@@ -22,7 +23,7 @@ import toy
 ARGS = {f"{name}.py": script.Args for name, script in SCRIPTS.items()}
 ARGS |= {"evaluation score": Score, "evaluation judge": Judge, "evaluation card": Card}
 ARGS |= {"evaluation blind export": Export, "evaluation blind import": Import}
-ARGS |= {f"benchmark/{tool.__name__}.py": tool.Args for tool in (memory, throughput, toy)}
+ARGS |= {f"benchmark/{tool.__name__}.py": tool.Args for tool in (gpu, memory, throughput, toy)}
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("toy/*.md")])
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
