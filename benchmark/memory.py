@@ -1,13 +1,14 @@
-"""Memory of one GPU in each phase of an iteration of repo.py, at sizes from 1B to 13B. Needs no GPU and no weights.
+"""Memory of one GPU in each phase of an iteration of repo.py or repo_group.py, at sizes from 1B to 13B, without a GPU.
 
     python benchmark/memory.py                                  # the table of docs/scale.md: some minutes on one core
     python benchmark/memory.py --sizes 7B --gpus 8 --cpu-offload
     python benchmark/memory.py --configs FOLDER_OR_HUB_ID --gpus 8                              # your own model
+    python benchmark/memory.py --sizes 7B --gpus 4 --script repo_group.py                       # without critics
     python benchmark/memory.py --write                          # ... and put the table into docs/scale.md
 
 RePO holds six models of one size. Policy, reward critic and cost critic are trained: weights, gradients and the two
 moments of AdamW are float32 shards. Reference, reward model and cost model are frozen: bfloat16 shards. The forward and
-backward passes are bfloat16.
+backward passes are bfloat16. repo_group.py is the same without the critics: four models, one of them trained.
 
 How it counts. repo.py's own functions (load_model, sample_responses, response_logprobs, score_responses,
 response_values, policy_loss, value_loss, backward) run one iteration of one process on tensors that have a shape and no
@@ -79,13 +80,14 @@ SHAPES = {
 TRAINED = ("policy", "reward critic", "cost critic")
 FROZEN = ("reference", "reward model", "cost model")
 UPDATES = {name: f"update of {name}" for name in TRAINED}
-PHASES = ("rollout", "scoring", *UPDATES.values(), "optimizer step")  # as they follow one another in an iteration
 
 
 @dataclass
 class Args:
-    """Memory of one GPU in each phase of an iteration of repo.py."""
+    """Memory of one GPU in each phase of an iteration of repo.py or repo_group.py."""
 
+    script: Literal["repo.py", "repo_group.py"] = "repo.py"
+    """the script; repo_group.py has no critics"""
     sizes: tuple[Literal["1B", "3B", "7B", "13B"], ...] = tuple(SHAPES)
     """sizes to work out"""
     configs: tuple[str, ...] = ()
@@ -110,6 +112,10 @@ class Args:
     """also write the figures, in bytes, to this file"""
     write: bool = False
     """also put the table, which is that of the defaults, into docs/scale.md"""
+
+
+def trained_by(args: Args) -> tuple[str, ...]:
+    return TRAINED if args.script == "repo.py" else TRAINED[:1]
 
 
 def llama(hidden, layers, heads, key_value_heads, intermediate, vocabulary, tied) -> LlamaConfig:
@@ -235,7 +241,7 @@ def pretended(processes: int):
 
 
 def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
-    """The six models, loaded and sharded by repo.py."""
+    """The six models, or four, loaded and sharded by repo.py."""
     labelled = copy.deepcopy(config)
     labelled.num_labels = 1
     models, options = {}, dict(mesh=mesh, dtype=torch.bfloat16, tokenizer=Tokenizer(config.vocab_size))
@@ -250,7 +256,7 @@ def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
     with contextlib.ExitStack() as stack:
         for patch in skipped:
             stack.enter_context(patch)
-        for name in TRAINED + FROZEN:
+        for name in trained_by(args) + FROZEN:
             dtype = torch.float32 if name in TRAINED else torch.bfloat16
             language_model = name in ("policy", "reference")
             cls = FromConfig(AutoModelForCausalLM if language_model else AutoModelForSequenceClassification)
@@ -261,7 +267,7 @@ def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
                 model.shares_tokens = True
             models[name] = model.requires_grad_(name in TRAINED)
     if args.gradient_checkpointing:
-        for name in TRAINED:
+        for name in trained_by(args):
             model = models[name]
             (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
             # Inputs' gradients are wanted by adapters; the tracker's hooks would keep the embedded tokens alive.
@@ -269,14 +275,14 @@ def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
     return models
 
 
-def make_optimizers(models: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(models: dict[str, nn.Module], args: Args) -> dict[str, torch.optim.Optimizer]:
     """repo.py's optimizers, with their states, which come with the first step.
 
     That step and its clipping are not tracked: DTensor works out new operations on tensors of the global shape, which
     a tracker in the same FakeTensorMode would count; afterwards it knows them.
     """
     optimizers = {}
-    for name in TRAINED:
+    for name in trained_by(args):
         optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
         for parameter in models[name].parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -341,9 +347,10 @@ def rollout(tracker: Tracker, policy, args: Args, skip: bool) -> dict[str, int]:
 
 def measure(config, gpus: int, args: Args, skip: bool = True) -> dict:
     """Bytes of one of `gpus` GPUs: at rest by model, and the peak of each phase."""
+    trained = trained_by(args)
     with pretended(gpus) as mesh:
         models = load_models(config, mesh, args)
-        optimizers = make_optimizers(models)
+        optimizers = make_optimizers(models, args)
         tracker = Tracker(models, mesh, optimizers)
         counts = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
         at_rest = {
@@ -371,20 +378,20 @@ def measure(config, gpus: int, args: Args, skip: bool = True) -> dict:
             reference = models["reference"]
             repo.in_micro_batches(repo.response_logprobs, reference, sequences, attention_mask, size, **window)
 
-        for name in TRAINED:
+        for name in trained:
             models[name].train()
         for rows in torch.arange(batch).split(size):
             ids, mask, used = sequences[rows], attention_mask[rows], response_mask[rows]
             with tracker.phase(UPDATES["policy"]):
                 logprobs = repo.response_logprobs(policy, ids, mask, **window)
             values = {}
-            for name in TRAINED[1:]:
+            for name in trained[1:]:
                 with tracker.phase(UPDATES[name]):
                     values[name] = repo.response_values(models[name], ids, mask, length)
             with tracker.phase(UPDATES["policy"]):
                 loss = repo.policy_loss(logprobs, figures[rows], figures[rows], 0.2)
                 repo.backward(loss, used, 1.0)
-            for name in TRAINED[1:]:
+            for name in trained[1:]:
                 with tracker.phase(UPDATES[name]):
                     loss = repo.value_loss(values[name], figures[rows], figures[rows], 5.0)
                     repo.backward(loss, used, 1.0)
@@ -392,16 +399,18 @@ def measure(config, gpus: int, args: Args, skip: bool = True) -> dict:
                 with tracker.phase(UPDATES["policy"]):
                     repo.backward(-repo.response_logprobs(policy, ids, mask, **window), used, 1.0)
         with tracker.phase("optimizer step"):
-            for name in TRAINED:
+            for name in trained:
                 nn.utils.clip_grad_norm_(models[name].parameters(), 1.0).full_tensor().item()
             for optimizer in optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad()
-        for name in TRAINED:
+        for name in trained:
             models[name].eval()
         parts = rollout(tracker, policy, args, skip)
 
-        peaks = {name: tracker.peaks[name] - offloaded for name in PHASES}
+        # As the phases follow one another in an iteration
+        phases = ("rollout", "scoring", *(UPDATES[name] for name in trained), "optimizer step")
+        peaks = {name: tracker.peaks[name] - offloaded for name in phases}
         if args.cpu_offload:
             peaks["scoring"] += max(largest_unit(models[name]) for name in FROZEN)
     peak = max(peaks.values())
@@ -425,15 +434,17 @@ def gib(size: float) -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown; figures are GiB of one GPU."""
-    heads = ["models", "GPUs", "policy, critics, each", "frozen, each", "at rest", *PHASES, "peak", "spare"]
+    phases = list(rows[0]["phases"])
+    each = "policy, critics, each" if len(phases) > 4 else "policy"
+    heads = ["models", "GPUs", each, "frozen, each", "at rest", *phases, "peak", "spare"]
     heads += [f"spare after {ALLOWANCE // GIB} GiB"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for row in rows:
         at_rest = {name: sum(sizes.values()) for name, sizes in row["at_rest"].items()}
         # The largest of its kind: a score model lacks the language model's head.
-        trained, frozen = (max(at_rest[name] for name in names) for names in (TRAINED, FROZEN))
+        trained, frozen = (max(at_rest.get(name, 0) for name in names) for names in (TRAINED, FROZEN))
         cells = [row["name"], str(row["gpus"]), gib(trained), "0 (CPU)" if row["offloaded"] else gib(frozen)]
-        cells += [gib(row["total_at_rest"]), *(gib(row["phases"][phase]) for phase in PHASES)]
+        cells += [gib(row["total_at_rest"]), *(gib(row["phases"][phase]) for phase in phases)]
         cells += [gib(row["peak"]), f"{row['spare']:.0%}", f"{row['spare_after_allowance']:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """What rectification does to the policy gradient, on two prompts with two answers each, by enumeration.
 
 Nothing is sampled: repo.py's functions see every answer, weighted by its probability, with exact critics unless said
-otherwise. Prints the numbers of docs/rectified_gradient.md and draws its figure:
+otherwise, and repo_group.py's functions see every K-tuple of answers. Prints the numbers of docs/rectified_gradient.md
+and docs/repo_group.md, and draws the figure of the former:
 
     python benchmark/rectified_gradient.py
 """
@@ -22,6 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import repo  # noqa: E402
+import repo_group  # noqa: E402
 
 torch.set_default_dtype(torch.float64)
 
@@ -185,6 +187,81 @@ def print_prompt_constraint():
         print(f"  {name:<28}" + "".join(f"{value:>+8.2f}" for value in earned))
 
 
+def gradient_and_noise(probs, tuples, combined):
+    """Of advantages [prompts, tuples, K]: the mean gradient, [prompts, answers], and its variance per answer, within
+    prompts and between them, each summed over the logits."""
+    k, answers = tuples.shape[1], probs.shape[1]
+    scores = torch.eye(answers) - probs[:, None]  # ∇ log π of each answer at the logits of its prompt
+    of_tuples = (combined[..., None] * scores[:, tuples]).mean(2)  # [prompts, tuples, answers]
+    weights = probs[:, tuples].prod(-1)[..., None]
+    mean = (weights * of_tuples).sum(1)
+    within = (weights * (of_tuples - mean[:, None]) ** 2).sum() / len(probs)
+    between = (mean**2).sum() / len(probs) - ((mean / len(probs)) ** 2).sum()  # each prompt has logits of its own
+    return mean / len(probs), k * within.item(), k * between.item()
+
+
+def group_advantages(rewards, costs, multiplier, tuples, norm=False):
+    """repo_group.py's advantages at β = 0 of all K-tuples, [prompts, tuples, K]."""
+    k = tuples.shape[1]
+    cost_advantages, _ = repo_group.rectify_groups(costs[:, tuples].flatten(), 0.0, "response", k, norm)
+    reward_advantages = repo_group.group_advantages(rewards[:, tuples].flatten(), k, norm)
+    combined = repo_group.combine_advantages(reward_advantages, cost_advantages, multiplier)
+    return combined.view(len(rewards), *tuples.shape)
+
+
+def print_group(seed, multiplier=5.0):
+    """A random problem, since with two answers of very different probability an exact value is a poor baseline.
+
+    Critics' rows are by their formula: at β = 0 a one-token response has the advantage (R - λ {C}^+) / (1 + λ) - value.
+    """
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    generator, prompts, answers = torch.Generator().manual_seed(seed), 50, 5
+    probs = normal(prompts, answers).softmax(1)
+    rewards, costs = (normal(prompts, 1) + normal(prompts, answers) for _ in range(2))
+    score = (rewards - multiplier * costs.clamp(min=0)) / (1 + multiplier)
+    value, expected = (probs * score).sum(1, keepdim=True), None
+    single, rows = torch.arange(answers)[:, None], {}
+    errors = normal(prompts, 1)
+    for name, values in (
+        ("exact critics", value),
+        *((f"critics off by {size}", value + size * errors) for size in (0.25, 0.5, 1.0)),
+        ("no baseline", 0 * value),
+    ):
+        rows[name] = gradient_and_noise(probs, single, (score - values)[..., None])
+        expected = rows[name][0] if expected is None else expected
+    for norm in (False, True):
+        for k in (2, 3, 4, 5):
+            tuples = torch.tensor(list(itertools.product(range(answers), repeat=k)))
+            combined = group_advantages(rewards, costs, multiplier, tuples, norm)
+            rows[f"K = {k}{', norm' * norm}"] = gradient_and_noise(probs, tuples, combined)
+    print(
+        f"\nWithout critics: {prompts} random prompts of {answers} answers, λ = {multiplier:g}, β = 0. Noise per answer"
+    )
+    print(f"{'':<22}{'from ∇L':>10}{'cosine':>9}{'within prompts':>16}{'between':>9}")
+    for name, (mean, within, between) in rows.items():
+        cosine = torch.cosine_similarity(mean.flatten(), expected.flatten(), 0)
+        print(f"{name:<22}{(mean - expected).abs().max():>10.1g}{cosine:>9.4f}{within:>16.4f}{between:>9.4f}")
+    exact, extra = rows["exact critics"][1], rows["K = 2"][1] - rows["exact critics"][1]
+    print("within prompts by formula, exact + c / (K - 1):", end=" ")
+    print(", ".join(f"K = {k}: {exact + extra / (k - 1):.4f}" for k in (3, 4, 5, 8, 16)))
+    of_error = (rows["critics off by 1.0"][1] - exact) ** 0.5  # noise grows with the square of the critics' error
+    print("critics whose noise is that of a group are off by:", end=" ")
+    print(", ".join(f"K = {k}: {(extra / (k - 1)) ** 0.5 / of_error:.2f}" for k in (2, 4, 8)))
+
+    print("λ above which the safe answer to the risky prompt rises, P(safe) = 0.25 (bisection)")
+    for norm in (False, True):
+        borders = []
+        for k in (2, 4, 8):
+            low, high, tuples = 0.0, 8.0, torch.tensor(list(itertools.product((SAFE, UNSAFE), repeat=k)))
+            for _ in range(40):
+                middle = (low + high) / 2
+                combined = group_advantages(REWARDS, COSTS, middle, tuples, norm)
+                mean, *_ = gradient_and_noise(policy(0.25).softmax(1), tuples, combined)
+                low, high = (low, middle) if mean[RISKY, SAFE] > 0 else (middle, high)
+            borders.append(f"K = {k}: {high:.3f}")
+        print(f"  {'--advantage-norm' if norm else 'as it is':<20}{', '.join(borders)}")
+
+
 def print_runs(args, runs):
     print(f"\nAfter {args.steps} steps of exact gradients, β = {args.kl_coef}")
     print(f"{'':<24}{'':>9}{'mean cost':>30}")
@@ -261,6 +338,7 @@ def main() -> None:
     print_borders()
     print_bias(args.seed)
     print_prompt_constraint()
+    print_group(args.seed)
     runs = {(method, start): ascend(args, method, start) for start in (0.5, 0.1) for method in METHODS}
     print_runs(args, runs)
     draw(args, runs)

@@ -2,6 +2,7 @@
 
     python benchmark/throughput.py --peer PEER/bin/python       # against TRL 1.9.0, see benchmark/trl_peers.py
     python benchmark/throughput.py --part processes             # two processes, and one with two threads
+    python benchmark/throughput.py --part group                 # repo.py and repo_group.py, K = 4
     python benchmark/throughput.py --part lengths --against X   # texts of many lengths, this version and another
     python benchmark/throughput.py --part scaling               # lengths and batches; phases, floors
     python benchmark/throughput.py --part toy                   # the whole default run on the toy world
@@ -83,7 +84,7 @@ SHAPES = {
 class Args:
     """Measure throughput on one machine."""
 
-    part: Literal["peers", "processes", "lengths", "scaling", "toy"] = "peers"
+    part: Literal["peers", "processes", "group", "lengths", "scaling", "toy"] = "peers"
     """what is measured"""
     shape: Literal["small", "1B"] = "small"
     """models and texts; 1B: for a large GPU, by --part scaling, or --part peers --trainer ppo"""
@@ -178,7 +179,7 @@ def ours(
     new_tokens = new_tokens or shape.response
     common = {"output_dir": out, "seed": 1, "batch_size": batch, "micro_batch_size": min(batch, shape.rows)}
     common |= {"learning_rate": 1e-5}
-    if script in ("repo.py", "ppo_lagrange.py"):
+    if script in ("repo.py", "ppo_lagrange.py", "repo_group.py"):
         common |= {name: folder / name.partition("_")[0] for name in ("reward_model", "cost_model")}
         common |= {"model": folder / "policy", "dataset": folder / "prompts.parquet", "eval_split": "train"}
         common |= {"eval_dataset": folder / "prompts.parquet", "eval_size": processes, "eval_every": 0}
@@ -200,7 +201,7 @@ def ours(
     if script == "sacpo.py":  # reads its reference before the first step, while TRL does so in every step
         reading = ends[0] - (out / "args.json").stat().st_mtime - measured["seconds"]
         measured["seconds"] += reading / len(ends)
-    if script in ("repo.py", "ppo_lagrange.py"):
+    if script in ("repo.py", "ppo_lagrange.py", "repo_group.py"):
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
         for phase in PHASES:
             measured[phase] = statistics.median(line[f"seconds_{phase}"] for line in lines)
@@ -309,6 +310,13 @@ def processes(folder: Path, args: Args, record: dict) -> None:
         in_turn(f"episodes, --dtype {dtype}", contestants, args.rounds, record)
 
 
+def group(folder: Path, args: Args, record: dict) -> None:
+    """With critics and without, on the same number of prompts."""
+    contestants = {"repo.py, K = 4": lambda: ours("repo.py", folder, args, responses_per_prompt=4)}
+    contestants |= {"repo_group.py, K = 4": lambda: ours("repo_group.py", folder, args)}
+    in_turn("episodes", contestants, args.rounds, record)
+
+
 def lengths(folder: Path, args: Args, record: dict) -> None:
     """Texts of many lengths: prompts of 16 to 64 tokens, responses of up to 256 that end at any of 16 token ids."""
     for file in (folder / "policy").iterdir():
@@ -415,7 +423,8 @@ def main() -> None:
         sys.exit(f"--shape {args.shape} is for --part scaling, or --part peers --trainer ppo")
     with tempfile.TemporaryDirectory() as folder:
         make_workload(Path(folder), SHAPES[args.shape])
-        part = {"peers": peers, "processes": processes, "lengths": lengths, "scaling": scaling, "toy": toy}[args.part]
+        parts = {"peers": peers, "processes": processes, "group": group}
+        part = (parts | {"lengths": lengths, "scaling": scaling, "toy": toy})[args.part]
         part(Path(folder), args, record)
     if args.json:
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")

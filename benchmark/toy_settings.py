@@ -3,6 +3,7 @@
     python benchmark/toy_settings.py           # all settings of repo.py, seeds 1 to 3: a table of docs/toy_settings.md
     python benchmark/toy_settings.py --algorithm ppo_lagrange --seeds 1 2                    # and those of the others
     python benchmark/toy_settings.py --algorithm sacpo --seeds 1
+    python benchmark/toy_settings.py --algorithm repo_group --seeds 1 2 3 4 5          # the table of docs/repo_group.md
     python benchmark/toy_settings.py --settings defaults --seeds 1 2 3
 
 Finished runs are not run again, so a stopped command continues where it was.
@@ -37,6 +38,17 @@ SETTINGS = {
         "β 0.1": "--kl-coef 0.1",
         "learning rate 2e-3": "--learning-rate 2e-3",
         "100 iterations of 128": "--batch-size 128",
+    },
+    "repo_group": {
+        name: f"--dtype float32 {flags}"
+        for name, flags in {
+            "K = 2": "--responses-per-prompt 2",
+            "K = 4, the default": "",
+            "K = 8": "--responses-per-prompt 8",
+            "K = 4, 20,480 episodes": "--total-episodes 20480",
+            "K = 4, --advantage-norm": "--advantage-norm",
+            "K = 4, --constraint prompt": "--constraint prompt",
+        }.items()
     },
     "ppo_lagrange": {
         f"λ_init {init}, η_λ {rate}, λ_max {top}, β {beta}": "--dtype float32 "
@@ -84,7 +96,7 @@ SETTINGS = {
 
 @dataclass
 class Args:
-    algorithm: Literal["repo", "ppo_lagrange", "sacpo"] = "repo"
+    algorithm: Literal["repo", "repo_group", "ppo_lagrange", "sacpo"] = "repo"
     """the script whose settings are compared"""
     settings: tuple[str, ...] = ()
     """names of the settings to run; default: all"""
@@ -159,6 +171,7 @@ def main(args: Args) -> None:
         return
     columns = {
         "repo": ["safety compliance", "worst seed", "reward", "share of the way", "learned compliance", "λ at the end"],
+        "repo_group": ["safety compliance", "worst seed", "reward", "share of the way", "λ at the end"],
         "ppo_lagrange": ["safety compliance", "reward", "cost", "learned cost", "λ at the end"],
     }[args.algorithm]
     print(f"| {' | '.join(['setting', *columns])} |\n|{' --- |' * (1 + len(columns))}")

@@ -47,6 +47,7 @@ METHODS = {  # title, what it does, and papers by their ids on arXiv
         ["2310.12773"],
     ),
 }
+METHODS["repo_group"] = ("rectified policy optimization (RePO) without critics", *METHODS["repo"][1:])
 
 
 def is_hub_id(name) -> bool:

@@ -40,6 +40,22 @@ def rectify(costs: list[float], threshold: float, constraint: str, estimator: st
     return terminal, [float(v or estimator == "cost") for v in violated], excesses
 
 
+def group_advantage(i: int, scores: list[float], args, cost: bool = False) -> float:
+    """Of response i: its score minus the mean of the others to its prompt; of costs, the rectified ones."""
+    k = args.responses_per_prompt
+    others = [j for j in range(i // k * k, i // k * k + k) if j != i]
+    if cost:
+        scores = [score - args.cost_threshold for score in scores]
+        if args.constraint == "response":
+            scores = [max(score, 0.0) for score in scores]
+        elif sum(scores[j] for j in others) <= 0:
+            return 0.0
+    group = [scores[j] for j in (i, *others)]
+    mean = sum(group) / k
+    spread = (sum((score - mean) ** 2 for score in group) / (k - 1)) ** 0.5 + 1e-4 if args.advantage_norm else 1.0
+    return (scores[i] - sum(scores[j] for j in others) / (k - 1)) / spread
+
+
 def plain_policy(folder, parameters=None, dtype=torch.float64):
     """The library's model, with other parameters in the order of its own."""
     return with_parameters(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), parameters)

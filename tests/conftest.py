@@ -63,6 +63,7 @@ def defaults(files) -> dict[str, dict]:
     return {
         "repo": rl,
         "ppo_lagrange": rl | dict(lambda_lr=0.015, lambda_max=20),  # as in repo.py
+        "repo_group": rl,
         "preference_models": pairs | dict(kind="reward"),
         "sacpo": pairs,
     }

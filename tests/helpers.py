@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM
 import ppo_lagrange
 import preference_models
 import repo
+import repo_group
 import sacpo
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {script.__name__: script for script in (repo, ppo_lagrange, sacpo, preference_models)}
+SCRIPTS = {script.__name__: script for script in (repo, ppo_lagrange, repo_group, sacpo, preference_models)}
 
 
 @dataclass

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import repo
 
-EVERY = pytest.mark.parametrize("script", ["repo", "preference_models", "sacpo"])
+EVERY = pytest.mark.parametrize("script", ["repo", "repo_group", "preference_models", "sacpo"])
 
 
 @pytest.fixture
@@ -43,6 +43,13 @@ MISFITS = {  # of each script: flags, and what the line says of them
         (dict(kl_coef="nan"), "--kl-coef"),
         (dict(micro_batch_size=0), "at least 1"),
     ],
+    "repo_group": [
+        (dict(responses_per_prompt=1), "--responses-per-prompt 2"),
+        (dict(responses_per_prompt=3), "--batch-size 16 3"),
+        (dict(total_episodes=15), "--batch-size --total-episodes 16"),
+        (dict(prompt_template="Q:"), "template {prompt}"),
+        (dict(eval_size=0), "at least 1"),
+    ],
     "preference_models": [
         (dict(batch_size=41), "--batch-size 40"),
         (dict(batch_size=0), "--batch-size 40"),
@@ -66,7 +73,7 @@ def test_flags_that_do_not_fit(refused, script):
         refused(script, *parts.split(), **flags)
     # Batches are split evenly over the processes.
     with changed(SCRIPTS[script].dist, get_world_size=lambda: 3):
-        refused(script, "--batch-size", "multiple of 3")
+        refused(script, "--batch-size", f"multiple of {12 if script == 'repo_group' else 3}")
 
 
 @EVERY
@@ -254,6 +261,7 @@ def test_a_score_that_is_not_finite(run, tmp_path, which, value):
 
 # Of each script: a loss, its calls in an update, models
 LOSSES = [("repo", "policy_loss", 2, 3), ("ppo_lagrange", "value_loss", 4, 3)]
+LOSSES += [("repo_group", "policy_loss", 2, 1)]
 LOSSES += [("preference_models", "reward_loss", 2, 1), ("sacpo", "dpo_loss", 2, 1)]
 
 
@@ -261,7 +269,7 @@ LOSSES += [("preference_models", "reward_loss", 2, 1), ("sacpo", "dpo_loss", 2, 
 def test_gradients_that_are_not_finite(run, tmp_path, script, name, per_update, models):
     """One such update is skipped in all models of the run. The third in a row ends it."""
     module, function, calls, bad = SCRIPTS[script], getattr(SCRIPTS[script], name), [], {1}
-    flags = dict(total_episodes=16 * 5) if models == 3 else dict()
+    flags = dict(total_episodes=16 * 5) if hasattr(module.Args, "total_episodes") else dict()
 
     def loss(*args):
         calls.append(1)

@@ -4,6 +4,7 @@ The tensors without content live in a process of their own, as their process gro
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -28,12 +29,12 @@ import json, sys
 from test_memory import measure, memory
 
 memory.transformers.logging.set_verbosity_error()
-json.dump({"base": measure(2), "alone": measure(1)}, sys.stdout)
+json.dump({"base": measure(2), "alone": measure(1), "group": measure(2, script="repo_group.py")}, sys.stdout)
 """
 
 
-def measure(ranks) -> dict:
-    return memory.measure(memory.llama(*SIZES, False), ranks, ARGS)
+def measure(ranks, **flags) -> dict:
+    return memory.measure(memory.llama(*SIZES, False), ranks, dataclasses.replace(ARGS, **flags))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,12 @@ def test_the_models_at_rest_hold_their_bytes_per_parameter(rows, row, ranks):
         assert rows[row]["at_rest"][name] == {"optimizer": 0} | expected
     buffers = 6 * 2 * 4 * HIDDEN // HEADS // 2  # frequencies of the rotary embedding, twice in each model
     assert rows[row]["total_at_rest"] == buffers + sum(sum(sizes.values()) for sizes in rows[row]["at_rest"].values())
+
+
+def test_without_critics_the_other_four_models_hold_the_same(rows):
+    others = {name: sizes for name, sizes in rows["base"]["at_rest"].items() if name not in memory.TRAINED[1:]}
+    assert rows["group"]["at_rest"] == others
+    assert all(size < rows["base"]["phases"][phase] for phase, size in rows["group"]["phases"].items())
 
 
 @pytest.mark.parametrize("row", ["base", "alone"])

@@ -22,11 +22,12 @@ RUNS = {
     "response": ("repo", dict(micro_batch_size=3, cost_threshold=-0.5)),
     "prompt": ("repo", dict(constraint="prompt", responses_per_prompt=2, rectify="advantage", update_epochs=2)),
     "average": ("ppo_lagrange", dict(responses_per_prompt=2, cost_threshold=0.5, ptx_coef=4, micro_batch_size=3)),
+    "group": ("repo_group", dict(constraint="prompt", responses_per_prompt=4, micro_batch_size=3, cost_threshold=0.2)),
     "cost": ("preference_models", dict(kind="cost", micro_batch_size=1)),
     "dpo": ("sacpo", dict(loss="dpo", merge_q=0.5, micro_batch_size=3)),
     "kto": ("sacpo", dict(loss="kto", stages=["safe"], micro_batch_size=3)),
 }
-WORLDS = {1: list(RUNS), 2: list(RUNS), 4: ["average", "cost", "dpo"]}
+WORLDS = {1: list(RUNS), 2: list(RUNS), 4: ["average", "group", "cost", "dpo"]}
 PAIRS = [(world, name) for world, names in WORLDS.items() if world != 1 for name in names]
 
 

@@ -21,18 +21,21 @@ from torch import nn
 import ppo_lagrange
 import preference_models
 import repo
+import repo_group
 import sacpo
 
 RUNS = {  # each with a checkpoint every second step of four, five or eight
     "repo": (repo, dict(total_episodes=64, eval_every=2)),
     "lagrange": (ppo_lagrange, dict(total_episodes=64, update_epochs=2)),
+    "group": (repo_group, dict(total_episodes=64, update_epochs=2)),
     "reward": (preference_models, dict()),
     "dpo": (sacpo, dict(merge_q=0.5, train_size=32)),
     "kto": (sacpo, dict(loss="kto", train_size=32)),
 }
-ONE_EACH = pytest.mark.parametrize("name", ["repo", "lagrange", "reward", "dpo"])
-# Calls of clip_grad_norm_, of which each of the three models of the RL scripts makes one per update
+ONE_EACH = pytest.mark.parametrize("name", ["repo", "lagrange", "group", "reward", "dpo"])
+# Calls of clip_grad_norm_, of which each of the three models of repo.py and ppo_lagrange.py makes one per update
 CUTS = [("repo", 2), ("repo", 12), ("lagrange", 19), ("reward", 4), ("dpo", 2), ("dpo", 4), ("dpo", 8), ("kto", 7)]
+CUTS += [("group", 6)]  # of one model
 
 
 class CutOff(BaseException):
@@ -155,7 +158,7 @@ def test_signals_save_and_say_how_to_continue(run, forks, defaults, tmp_path, na
     """Also without --save-every. SIGTERM and Ctrl-C by turns. Meanwhile nobody else may write into the directory."""
     script, number = RUNS[name][0], signal.SIGTERM if name in ("repo", "dpo") else signal.SIGINT
     flags = dict(output_dir=tmp_path / "run")
-    flags |= dict(total_episodes=16000) if name in ("repo", "lagrange") else dict(epochs=2000)
+    flags |= dict(total_episodes=16000) if name in ("repo", "lagrange", "group") else dict(epochs=2000)
     process = forks.start([script.__file__, *command(**defaults[script.__name__] | flags)])
     process.wait_until(lambda: steps_of(tmp_path / "run") > 2)
     for more in (dict(), dict(resume=True)):
