@@ -176,7 +176,7 @@ class Responses:
     sequences: Tensor  # [batch, prompt + response], prompts padded on the left, responses on the right
     attention_mask: Tensor  # [batch, prompt + response], 1 at tokens of the prompt and of the response
     response_mask: Tensor  # [batch, response], 1 up to and including EOS
-    finished: Tensor  # [batch], whether the response ends in EOS (otherwise max_new_tokens cut it)
+    finished: Tensor  # [batch], whether the response ended by itself (otherwise max_new_tokens cut it)
     texts: list[str]  # the responses without special tokens
     scored: Tensor  # sequences as score models were trained: a finished response ends in the tokenizer's end_id
 
@@ -191,7 +191,7 @@ def sample_responses(policy, tokenizer, prompts: list[list[int]], uniforms: Tens
     prompt_length, tokens, cache, device = sequences.shape[1], sequences, {}, policy.device
     ends = policy.generation_config.eos_token_id  # one, several or none
     ends = {tokenizer.eos_token_id, tokenizer.end_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    policy.generation_config.eos_token_id = sorted(ends)  # the trained model ends where it was trained to end
+    policy.generation_config.eos_token_id = sorted(ends)  # saved with the model: it ends where it ended in training
     end_ids = torch.tensor(sorted(ends), device=device)
     running = torch.ones(len(sequences), 1, dtype=torch.long, device=device)  # 1 until EOS was sampled
     policy.set_reshard_after_forward(False)  # each rank keeps the whole policy: no gathering or waiting at each token
@@ -204,9 +204,9 @@ def sample_responses(policy, tokenizer, prompts: list[list[int]], uniforms: Tens
         logits = output.logits[:, -1, : policy.vocabulary]  # [batch, vocabulary]
         if not cache:
             raise UserError(f"a {policy.config.model_type} model gives no cache to sample with; take another --model")
-        if logits.isnan().sum() > 0:
-            raise UserError("the policy's logits are not finite; look at --model, or lower --learning-rate")
         cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+        if cumulative[:, -1].isnan().sum() > 0:  # a logit is NaN or infinity, or all are minus infinity
+            raise UserError("the policy's logits are not finite; look at --model, or lower --learning-rate")
         tokens = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
         tokens = torch.where(running > 0, tokens.clamp(max=logits.shape[1] - 1), tokenizer.pad_token_id)
         sequences, attention_mask = torch.cat([sequences, tokens], 1), torch.cat([attention_mask, running], 1)
@@ -263,7 +263,7 @@ def text_scores(model, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score_responses(model, prompts: list[str], responses: Responses, micro_batch_size: int) -> Tensor:
+def score_responses(model, prompts: list, responses: Responses, micro_batch_size: int) -> Tensor:
     """Scores of the responses, [batch]. A score model with another tokenizer reads prompts and responses as text."""
     ids, mask = responses.scored, responses.attention_mask
     if not model.shares_tokens:
@@ -271,7 +271,7 @@ def score_responses(model, prompts: list[str], responses: Responses, micro_batch
         encoded = [row if end else row[:-1] for row, end in zip(encoded, ends, strict=True)]  # cut: it has no end
         longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         if cut := sum(len(row) > longest for row in encoded):
-            say(f"{cut} responses lost their end: a score model reads {longest} tokens; lower --max-new-tokens")
+            say(f"{cut} of {len(encoded)} responses lost their end: a score model reads {longest} tokens")
         encoded = [row[:longest] for row in encoded]
         ids, mask = pad(model.tokenizer, encoded, "right", mask.device)
     return in_micro_batches(text_scores, model, ids, mask, micro_batch_size)
@@ -302,8 +302,8 @@ def main(args: Args, device: torch.device, mesh) -> int:
     if min(multiple, args.micro_batch_size, args.max_new_tokens, args.update_epochs, args.eval_size) < 1:
         raise UserError("--responses-per-prompt and the flags of sizes, tokens and epochs must be at least 1")
     if args.batch_size % multiple or not 0 < args.batch_size <= args.total_episodes or not args.temperature > 0:
-        limits = f"a multiple of {multiple} (processes x responses per prompt), at most --total-episodes"
-        raise UserError(f"--batch-size is {args.batch_size}; it must be {limits}; --temperature must be above 0")
+        allowed = f"a multiple of {multiple} (processes x responses per prompt), at most --total-episodes"
+        raise UserError(f"--batch-size is {args.batch_size}; it must be {allowed}; --temperature must be above 0")
 
     # ---- Prompts, output directory, models, optimizers
     say(f"loading data and models; computing in {args.dtype} on {device.type}")
@@ -315,7 +315,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
     eval_prompts = load_examples(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer, limits)
     eval_prompts, supervised = eval_prompts[: args.eval_size], []
     if args.ptx_dataset and args.ptx_coef > 0:
-        plain = replace(args, dataset_config=None, prompt_column="prompt")  # those are about the prompts
+        plain = replace(args, dataset_config=None, prompt_column="prompt")  # both are about prompts
         supervised = load_examples(plain, args.ptx_dataset, args.ptx_split, "--ptx-dataset", tokenizer, limits, (1,))
     folder, saved, writer = open_run(args)
     if saved is None:
@@ -562,9 +562,9 @@ def global_sum(**values) -> dict[str, float]:
     return dict(zip(values, total.tolist(), strict=True))
 
 
-# Formats of data by the columns that hold responses, or dialogues that end in them; the first whose columns are there
+# Formats by the columns that hold responses, or dialogues that end in one. The first format whose columns exist counts
 FORMATS = {"PKU-SafeRLHF": ("response_0", "response_1"), "preference": ("chosen", "rejected"), "Alpaca": ("output",)}
-FORMATS |= {"ShareGPT": ("conversations",)} | {n: (n,) for n in ("completion", "messages", "response")} | {"prompt": ()}
+FORMATS |= {n: (n,) for n in ("completion", "messages", "response")} | {"ShareGPT": ("conversations",)} | {"prompt": ()}
 
 
 def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[list[dict], str, str]:
@@ -575,7 +575,7 @@ def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[lis
             suffix = Path(name.lower().removesuffix(".gz")).suffix.replace("jsonl", "json")[1:]
             if suffix not in ("json", "csv", "parquet"):
                 raise ValueError("a data file ends in .jsonl, .json, .csv or .parquet")
-            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", name)}}  # it is no pattern
+            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", name)}}  # a name, no pattern
         with tempfile.TemporaryDirectory() as fresh:  # the library's cache may hold what a file held before
             builder = datasets.load_dataset_builder(**source, cache_dir=fresh if os.path.exists(name) else None)
             builder.config.keep_default_na = False  # "None" and "NA" in a csv file are texts
@@ -583,14 +583,14 @@ def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[lis
             rows = builder.as_dataset(split).to_list()
         form = next(form for form, columns in FORMATS.items() if rows[0].keys() >= {*columns})
     except Exception as error:
-        place, reason = "" if os.path.exists(name) else " (no path)", error.__cause__ or str(error) or "no rows"
+        place, reason = "" if os.path.exists(name) else " (no such path)", error.__cause__ or str(error) or "no rows"
         raise UserError(f"{flag} {name}{place}: split '{split}' cannot be read: {reason}") from None
     files = [os.path.basename(file) for file in (builder.config.data_files or {}).get(part, [split])]
     return rows, form, ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 def as_messages(value, role: str) -> list[dict[str, str]]:
-    """Messages {role, content} of a list of them, also ShareGPT's, of hh-rlhf's text, or of one text of `role`."""
+    """Messages {role, content} from a list of them (also ShareGPT's), hh-rlhf's text, or one text by `role`."""
     if isinstance(value, str):
         parts = re.split(r"\s*\n\n(Human|Assistant): *", value) if value[:8] == "\n\nHuman:" else ["", role, value]
         value = [{"role": name, "content": text} for name, text in zip(parts[1::2], parts[2::2], strict=True)]
@@ -598,7 +598,9 @@ def as_messages(value, role: str) -> list[dict[str, str]]:
     turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
     roles = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
     turns = [{"role": roles.get(name, name), "content": text if isinstance(text, str) else ""} for name, text in turns]
-    return turns[: max((i for i, turn in enumerate(turns, 1) if turn["content"].strip()), default=0)]  # ends in text
+    while turns and not turns[-1]["content"].strip():
+        turns.pop()  # an empty turn at the end invites an answer
+    return turns
 
 
 def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limits, counts=()) -> list[dict]:
@@ -606,21 +608,21 @@ def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limit
 
     limits: tokens of prompts, and of texts, where responses are cut; counts: of responses per row, () ignores them."""
     rows, form, files = load_rows(name, args.dataset_config, split, flag)
-    names, column, examples, dropped = FORMATS[form], getattr(args, "prompt_column", "prompt"), {}, []
-    special, kept, cut = re.compile("|".join(map(re.escape, {tokenizer.eos_token, *tokenizer.special.values()}))), [], 0
+    fields, column, examples, kept, dropped = FORMATS[form], getattr(args, "prompt_column", "prompt"), {}, [], []
+    special, cut = re.compile("|".join(map(re.escape, {tokenizer.eos_token, *tokenizer.special.values()}))), 0
     for number, row in enumerate(rows):
-        alpaca = [row[name] for name in ("instruction", "input") if row.get(name)]
-        prompt = as_messages(row.get(column, " ".join(map(str, alpaca)) if alpaca[1:] else [*alpaca, ""][0]), "user")
-        dialogues = [as_messages(row[name], "assistant") for name in names] or [[]]
+        alpaca = " ".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
+        prompt = as_messages(row.get(column, alpaca), "user")
+        dialogues = [as_messages(row[field], "assistant") for field in fields] or [[]]
         ends = [turns.pop()["content"] for turns in dialogues if turns and turns[-1]["role"] == "assistant"]
         # A dialogue that begins with an answer continues the prompt.
         heads = [turns if turns and turns[0]["role"] != "assistant" else prompt + turns for turns in dialogues]
         head, responses = heads[0], ends if counts else []
         key = number if len(responses) == 2 else str((head, responses))  # pairs may be repeated
         reasons = {
-            f"of a form that does not fit ({len(names)} responses)": counts and len(names) not in counts,
+            f"of a form that does not fit ({len(fields)} responses)": counts and len(fields) not in counts,
             "with an undesirable response": counts == (1,) and row.get("label", True) in (0, None),
-            "without a response at the end": counts and len(ends) < len(names),
+            "without a response at the end": counts and len(ends) < len(fields),
             "whose responses answer different prompts": counts and any(other != head for other in heads),
             "without a prompt that ends with the user": not head or head[-1]["role"] != "user",
             "with an empty message": not all(turn["content"].strip() for turn in head if turn["role"] != "system"),
@@ -637,16 +639,16 @@ def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limit
         ids = [(text[:start], text[start : limits[1]]) for text, start in zip(texts, starts, strict=True)]
         if not 0 < len(head) <= limits[0]:
             dropped.append(f"with an empty prompt or one over {limits[0]} tokens")
-        elif ids and ((ids[1:] == ids[:1] and len({*example["responses"]}) == 2) or not all(y for _, y in ids)):
+        elif ids and ((ids[1:] == ids[:1] and len({*example["responses"]}) == 2) or not all(x and y for x, y in ids)):
             dropped.append(f"whose responses are empty or equal at {limits[1]} tokens")
         else:
             kept.append(example | {"head": head, "ids": ids})
             cut += sum(len(text) > limits[1] for text in texts)
-    told = f"{flag} {name}: {form} data from {files}, kept {len(kept)} of {len(rows)} rows, cut {cut} texts, dropped "
-    told += ", ".join(f"{dropped.count(reason)} {reason}" for reason in dict.fromkeys(dropped)) or "none"
+    line = f"{flag} {name}: {form} data from {files}, kept {len(kept)} of {len(rows)} rows, cut {cut} texts, dropped "
+    line += ", ".join(f"{dropped.count(reason)} {reason}" for reason in dict.fromkeys(dropped)) or "none"
     if not kept:
-        raise UserError(f"{told}; the first row is {str(rows[0])[:300]}")
-    say(told)
+        raise UserError(f"{line}; the first row is {str(rows[0])[:300]}")
+    say(line)
     return kept
 
 
@@ -681,7 +683,7 @@ def encode(tokenizer, prompts: list, responses: list[str] | None = None) -> list
     chat, eos, bos = tokenizer.template == "chat", tokenizer.eos_token_id, tokenizer.bos_token_id
     turns = [prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] for prompt in prompts]
     if not chat and any(len(messages) > 1 for messages in turns):
-        raise UserError(f"a prompt has several messages; use --prompt-template chat, not '{tokenizer.template}'")
+        raise UserError(f"a prompt of several messages does not fit the template '{tokenizer.template}'; chat reads it")
     try:
         texts = [tokenizer.template.replace("{prompt}", messages[0]["content"]) for messages in turns]
         if chat and turns:
@@ -691,7 +693,7 @@ def encode(tokenizer, prompts: list, responses: list[str] | None = None) -> list
     texts = [text + response for text, response in zip(texts, responses or [""] * len(texts), strict=True)]
     encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"] if texts else []
     encoded = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]  # the template's BOS and the tokenizer's
-    encoded = [ids[:-1] if ids[-1:] == [eos] else ids for ids in encoded]  # some tokenizers end every text in EOS
+    encoded = [ids[:-1] if not chat and ids[-1:] == [eos] else ids for ids in encoded]  # some tokenizers add EOS to all
     return encoded if responses is None else [[*ids, tokenizer.end_id] for ids in encoded]
 
 
@@ -746,9 +748,7 @@ def load_model(cls, name, flag, mesh, dtype, longest, tokenizer, config=None, un
     model.tie_weights()  # moving a model to another device unties its tied weights
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
     blocks = [module for module in model.modules() if type(module).__name__ in names]
-    policies = dict(
-        mp_policy=MixedPrecisionPolicy(dtype, torch.float32), reshard_after_forward=True
-    )  # float32 gradients
+    policies = dict(mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32), reshard_after_forward=True)
     policies["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for unit in [*reversed(blocks), model]:  # a block within a block comes first
         fully_shard(unit, mesh=mesh, **policies)
@@ -758,7 +758,7 @@ def load_model(cls, name, flag, mesh, dtype, longest, tokenizer, config=None, un
     for key, buffer in buffers:
         model.get_buffer(key).copy_(buffer)
     for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
-        embedding.padding_idx = None  # the library would never train this row, even where it is that of EOS, too
+        embedding.padding_idx = None  # the library would not train this row, which may be EOS's
     model.vocabulary = max(tokenizer.get_vocab().values()) + 1  # the ids of tokens; an embedding may have more rows
     ids = torch.tensor(encode(tokenizer, ["How are you?"])).to(mesh.device_type)
     with torch.no_grad():
@@ -840,9 +840,8 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
         if held and not (args.resume and flags.exists()):
             raise UserError(f"--output-dir {folder} holds a run ({held[0]}); take another, or continue it by --resume")
         before = json.loads(flags.read_text(encoding="utf-8")) if held else now
-        for key in (before.keys() | now.keys()) - set(MAY_CHANGE.split()):
-            if before.get(key) != now.get(key):
-                raise UserError(f"--resume: --{key.replace('_', '-')} was {before.get(key)} and is {now.get(key)} now")
+        for key in {key for key in before | now if before.get(key) != now.get(key)} - set(MAY_CHANGE.split()):
+            raise UserError(f"--resume: --{key.replace('_', '-')} was {before.get(key)} and is {now.get(key)} now")
         if not held:
             flags.write_text(json.dumps(now, indent=2), encoding="utf-8")
         if "summary.json" not in held:
@@ -959,9 +958,8 @@ def write_summary(args: Args, folder: Path, summary: dict) -> None:
         print(f"{name.replace('_', ' '):<22}{figure:{form}}{summary['after'][name]:{form}}")
     for i in sorted({0, len(before) // 3, 2 * len(before) // 3}):
         prompt = before[i]["prompt"]  # one text, or messages
-        print(
-            "", *([prompt] if isinstance(prompt, str) else [f"{t['role']}: {t['content']}" for t in prompt]), sep="\n"
-        )
+        lines = [prompt] if isinstance(prompt, str) else [f"{turn['role']}: {turn['content']}" for turn in prompt]
+        print("", *lines, sep="\n")
         for name, row in (("before", before[i]), ("after", after[i])):
             print(f"  {name:<6} (reward {row['reward']:+.1f}, cost {row['cost']:+.1f})  {row['response']}")
     print(f"\n{summary['wall_seconds']:.0f} s; written to {folder}")

@@ -289,9 +289,9 @@ def global_sum(**values) -> dict[str, float]:
     return dict(zip(values, total.tolist(), strict=True))
 
 
-# Formats of data by the columns that hold responses, or dialogues that end in them; the first whose columns are there
+# Formats by the columns that hold responses, or dialogues that end in one. The first format whose columns exist counts
 FORMATS = {"PKU-SafeRLHF": ("response_0", "response_1"), "preference": ("chosen", "rejected"), "Alpaca": ("output",)}
-FORMATS |= {"ShareGPT": ("conversations",)} | {n: (n,) for n in ("completion", "messages", "response")} | {"prompt": ()}
+FORMATS |= {n: (n,) for n in ("completion", "messages", "response")} | {"ShareGPT": ("conversations",)} | {"prompt": ()}
 
 
 def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[list[dict], str, str]:
@@ -302,7 +302,7 @@ def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[lis
             suffix = Path(name.lower().removesuffix(".gz")).suffix.replace("jsonl", "json")[1:]
             if suffix not in ("json", "csv", "parquet"):
                 raise ValueError("a data file ends in .jsonl, .json, .csv or .parquet")
-            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", name)}}  # it is no pattern
+            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", name)}}  # a name, no pattern
         with tempfile.TemporaryDirectory() as fresh:  # the library's cache may hold what a file held before
             builder = datasets.load_dataset_builder(**source, cache_dir=fresh if os.path.exists(name) else None)
             builder.config.keep_default_na = False  # "None" and "NA" in a csv file are texts
@@ -310,14 +310,14 @@ def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[lis
             rows = builder.as_dataset(split).to_list()
         form = next(form for form, columns in FORMATS.items() if rows[0].keys() >= {*columns})
     except Exception as error:
-        place, reason = "" if os.path.exists(name) else " (no path)", error.__cause__ or str(error) or "no rows"
+        place, reason = "" if os.path.exists(name) else " (no such path)", error.__cause__ or str(error) or "no rows"
         raise UserError(f"{flag} {name}{place}: split '{split}' cannot be read: {reason}") from None
     files = [os.path.basename(file) for file in (builder.config.data_files or {}).get(part, [split])]
     return rows, form, ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 def as_messages(value, role: str) -> list[dict[str, str]]:
-    """Messages {role, content} of a list of them, also ShareGPT's, of hh-rlhf's text, or of one text of `role`."""
+    """Messages {role, content} from a list of them (also ShareGPT's), hh-rlhf's text, or one text by `role`."""
     if isinstance(value, str):
         parts = re.split(r"\s*\n\n(Human|Assistant): *", value) if value[:8] == "\n\nHuman:" else ["", role, value]
         value = [{"role": name, "content": text} for name, text in zip(parts[1::2], parts[2::2], strict=True)]
@@ -325,7 +325,9 @@ def as_messages(value, role: str) -> list[dict[str, str]]:
     turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
     roles = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
     turns = [{"role": roles.get(name, name), "content": text if isinstance(text, str) else ""} for name, text in turns]
-    return turns[: max((i for i, turn in enumerate(turns, 1) if turn["content"].strip()), default=0)]  # ends in text
+    while turns and not turns[-1]["content"].strip():
+        turns.pop()  # an empty turn at the end invites an answer
+    return turns
 
 
 def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limits, counts=()) -> list[dict]:
@@ -333,21 +335,21 @@ def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limit
 
     limits: tokens of prompts, and of texts, where responses are cut; counts: of responses per row, () ignores them."""
     rows, form, files = load_rows(name, args.dataset_config, split, flag)
-    names, column, examples, dropped = FORMATS[form], getattr(args, "prompt_column", "prompt"), {}, []
-    special, kept, cut = re.compile("|".join(map(re.escape, {tokenizer.eos_token, *tokenizer.special.values()}))), [], 0
+    fields, column, examples, kept, dropped = FORMATS[form], getattr(args, "prompt_column", "prompt"), {}, [], []
+    special, cut = re.compile("|".join(map(re.escape, {tokenizer.eos_token, *tokenizer.special.values()}))), 0
     for number, row in enumerate(rows):
-        alpaca = [row[name] for name in ("instruction", "input") if row.get(name)]
-        prompt = as_messages(row.get(column, " ".join(map(str, alpaca)) if alpaca[1:] else [*alpaca, ""][0]), "user")
-        dialogues = [as_messages(row[name], "assistant") for name in names] or [[]]
+        alpaca = " ".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
+        prompt = as_messages(row.get(column, alpaca), "user")
+        dialogues = [as_messages(row[field], "assistant") for field in fields] or [[]]
         ends = [turns.pop()["content"] for turns in dialogues if turns and turns[-1]["role"] == "assistant"]
         # A dialogue that begins with an answer continues the prompt.
         heads = [turns if turns and turns[0]["role"] != "assistant" else prompt + turns for turns in dialogues]
         head, responses = heads[0], ends if counts else []
         key = number if len(responses) == 2 else str((head, responses))  # pairs may be repeated
         reasons = {
-            f"of a form that does not fit ({len(names)} responses)": counts and len(names) not in counts,
+            f"of a form that does not fit ({len(fields)} responses)": counts and len(fields) not in counts,
             "with an undesirable response": counts == (1,) and row.get("label", True) in (0, None),
-            "without a response at the end": counts and len(ends) < len(names),
+            "without a response at the end": counts and len(ends) < len(fields),
             "whose responses answer different prompts": counts and any(other != head for other in heads),
             "without a prompt that ends with the user": not head or head[-1]["role"] != "user",
             "with an empty message": not all(turn["content"].strip() for turn in head if turn["role"] != "system"),
@@ -364,16 +366,16 @@ def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limit
         ids = [(text[:start], text[start : limits[1]]) for text, start in zip(texts, starts, strict=True)]
         if not 0 < len(head) <= limits[0]:
             dropped.append(f"with an empty prompt or one over {limits[0]} tokens")
-        elif ids and ((ids[1:] == ids[:1] and len({*example["responses"]}) == 2) or not all(y for _, y in ids)):
+        elif ids and ((ids[1:] == ids[:1] and len({*example["responses"]}) == 2) or not all(x and y for x, y in ids)):
             dropped.append(f"whose responses are empty or equal at {limits[1]} tokens")
         else:
             kept.append(example | {"head": head, "ids": ids})
             cut += sum(len(text) > limits[1] for text in texts)
-    told = f"{flag} {name}: {form} data from {files}, kept {len(kept)} of {len(rows)} rows, cut {cut} texts, dropped "
-    told += ", ".join(f"{dropped.count(reason)} {reason}" for reason in dict.fromkeys(dropped)) or "none"
+    line = f"{flag} {name}: {form} data from {files}, kept {len(kept)} of {len(rows)} rows, cut {cut} texts, dropped "
+    line += ", ".join(f"{dropped.count(reason)} {reason}" for reason in dict.fromkeys(dropped)) or "none"
     if not kept:
-        raise UserError(f"{told}; the first row is {str(rows[0])[:300]}")
-    say(told)
+        raise UserError(f"{line}; the first row is {str(rows[0])[:300]}")
+    say(line)
     return kept
 
 
@@ -408,7 +410,7 @@ def encode(tokenizer, prompts: list, responses: list[str] | None = None) -> list
     chat, eos, bos = tokenizer.template == "chat", tokenizer.eos_token_id, tokenizer.bos_token_id
     turns = [prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] for prompt in prompts]
     if not chat and any(len(messages) > 1 for messages in turns):
-        raise UserError(f"a prompt has several messages; use --prompt-template chat, not '{tokenizer.template}'")
+        raise UserError(f"a prompt of several messages does not fit the template '{tokenizer.template}'; chat reads it")
     try:
         texts = [tokenizer.template.replace("{prompt}", messages[0]["content"]) for messages in turns]
         if chat and turns:
@@ -418,7 +420,7 @@ def encode(tokenizer, prompts: list, responses: list[str] | None = None) -> list
     texts = [text + response for text, response in zip(texts, responses or [""] * len(texts), strict=True)]
     encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"] if texts else []
     encoded = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in encoded]  # the template's BOS and the tokenizer's
-    encoded = [ids[:-1] if ids[-1:] == [eos] else ids for ids in encoded]  # some tokenizers end every text in EOS
+    encoded = [ids[:-1] if not chat and ids[-1:] == [eos] else ids for ids in encoded]  # some tokenizers add EOS to all
     return encoded if responses is None else [[*ids, tokenizer.end_id] for ids in encoded]
 
 
@@ -437,16 +439,15 @@ def load_pairs(args: Args, name: str, split: str, flag: str, tokenizer) -> list[
         columns = {"responses": example["responses"], "ids": [x + y for x, y in example["ids"]]}
         if not reward:
             columns["unsafe"] = [not read_label(example["row"], f"is_response_{i}_safe", source) for i in (0, 1)]
-        pairs.append(
-            {"prompt": example["prompt"]} | {key: [column[i] for i in order] for key, column in columns.items()}
-        )
+        columns = {key: [column[i] for i in order] for key, column in columns.items()}
+        pairs.append({"prompt": example["prompt"]} | columns)
     return pairs
 
 
 def read_label(row: dict, column: str, source: str) -> int:
-    """A label of PKU-SafeRLHF's columns, 0 or 1; of preference data, where the chosen response is the first, alike."""
+    """A label, 0 or 1, by PKU-SafeRLHF's column names. In preference data the chosen response is number 0."""
     safe = {f"is_response_{i}_safe": row.get(f"is_{name}_safe") for i, name in enumerate(("chosen", "rejected"))}
-    value = ({"better_response_id": 0, "safer_response_id": 0} | safe | row if "chosen" in row else row).get(column)
+    value = (row if "response_0" in row else {"better_response_id": 0, "safer_response_id": 0} | safe | row).get(column)
     if value not in (0, 1):
         raise UserError(f"{source}: a row has {value!r} as '{column}', not 0 or 1; its columns are {', '.join(row)}")
     return int(value)
@@ -484,9 +485,7 @@ def load_model(cls, name, flag, mesh, dtype, longest, tokenizer, config=None, un
     model.tie_weights()  # moving a model to another device unties its tied weights
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
     blocks = [module for module in model.modules() if type(module).__name__ in names]
-    policies = dict(
-        mp_policy=MixedPrecisionPolicy(dtype, torch.float32), reshard_after_forward=True
-    )  # float32 gradients
+    policies = dict(mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32), reshard_after_forward=True)
     policies["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for unit in [*reversed(blocks), model]:  # a block within a block comes first
         fully_shard(unit, mesh=mesh, **policies)
@@ -496,7 +495,7 @@ def load_model(cls, name, flag, mesh, dtype, longest, tokenizer, config=None, un
     for key, buffer in buffers:
         model.get_buffer(key).copy_(buffer)
     for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):
-        embedding.padding_idx = None  # the library would never train this row, even where it is that of EOS, too
+        embedding.padding_idx = None  # the library would not train this row, which may be EOS's
     model.vocabulary = max(tokenizer.get_vocab().values()) + 1  # the ids of tokens; an embedding may have more rows
     ids = torch.tensor(encode(tokenizer, ["How are you?"])).to(mesh.device_type)
     with torch.no_grad():
@@ -566,9 +565,8 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
         if held and not (args.resume and flags.exists()):
             raise UserError(f"--output-dir {folder} holds a run ({held[0]}); take another, or continue it by --resume")
         before = json.loads(flags.read_text(encoding="utf-8")) if held else now
-        for key in (before.keys() | now.keys()) - set(MAY_CHANGE.split()):
-            if before.get(key) != now.get(key):
-                raise UserError(f"--resume: --{key.replace('_', '-')} was {before.get(key)} and is {now.get(key)} now")
+        for key in {key for key in before | now if before.get(key) != now.get(key)} - set(MAY_CHANGE.split()):
+            raise UserError(f"--resume: --{key.replace('_', '-')} was {before.get(key)} and is {now.get(key)} now")
         if not held:
             flags.write_text(json.dumps(now, indent=2), encoding="utf-8")
         if "summary.json" not in held:

@@ -218,7 +218,7 @@ def test_every_format_for_every_use(tokenizers, tmp_path, name):
                 assert (found if use in ("prompts", "reward", "cost") else found[0] + found[1]) == ids, use
     if prompt in ("TURNS", "HH"):  # a template of one's own has room for one message
         for use in ("prompts", "reward", "helpful dpo") if group == "preference" else ("prompts",):
-            with pytest.raises(ERRORS, match=r"a prompt has several messages; use --prompt-template chat, not '"):
+            with pytest.raises(ERRORS, match=r"a prompt of several messages does not fit the template"):
                 load(use, data, tokenizers())
 
 

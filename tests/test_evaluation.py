@@ -159,7 +159,7 @@ def test_a_prompt_of_several_messages(score, files, models, tmp_path):
     flags = dict(dataset=tiny.write_rows(tmp_path / "chat.jsonl", [{"prompt": turns}]), output_dir=tmp_path / "out")
     flags |= {f"{name}_model": tmp_path / name for name in ("reward", "cost")}
     names, out = [f"{source.name}={tmp_path / source.name}" for source in policies], tmp_path / "out"
-    assert "use --prompt-template chat" in score(*names, **flags).errors[0] and not out.exists()
+    assert "a prompt of several messages does not fit" in score(*names, **flags).errors[0] and not out.exists()
     for _ in range(2):  # the second time no answer is missing
         assert score(*names, **flags, prompt_template="chat").code == 0
     assert [row["prompt"] for row in answered(out)] == [turns, turns]

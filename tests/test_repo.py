@@ -176,7 +176,7 @@ def test_a_score_model_that_reads_fewer_tokens(files, processes, tmp_path, capsy
     model = load_scorer(files, processes, folder)
     for texts, count in (["sa le", "pi ke mu ra ba", "? ."], 0), (["sa " * 12, "pi ke mu ra ba", "? " * 12], 2):
         scores = repo.score_responses(model, PROMPTS, lay_out(texts, [True, False, True]), 2)
-        said = f"{count} responses lost their end: a score model reads 14 tokens; lower --max-new-tokens\n"
+        said = f"{count} of 3 responses lost their end: a score model reads 14 tokens\n"
         assert capsys.readouterr().err == (said if count else "")
     for row in (0, 2):
         ids = model.tokenizer(f"{PROMPTS[row]}{texts[row]}")["input_ids"][:14]
