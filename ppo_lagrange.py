@@ -961,7 +961,7 @@ def write_summary(args: Args, folder: Path, summary: dict) -> None:
         lines = [prompt] if isinstance(prompt, str) else [f"{turn['role']}: {turn['content']}" for turn in prompt]
         print("", *lines, sep="\n")
         for name, row in (("before", before[i]), ("after", after[i])):
-            print(f"  {name:<6} (reward {row['reward']:+.1f}, cost {row['cost']:+.1f})  {row['response']}")
+            print(f"  {name:<6} (reward {row['reward']:+.1f}, cost {row['cost']:+.1f})  {row['response'].strip()}")
     print(f"\n{summary['wall_seconds']:.0f} s; written to {folder}")
 
 
