@@ -302,7 +302,7 @@ def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[lis
             suffix = Path(name.lower().removesuffix(".gz")).suffix.replace("jsonl", "json")[1:]
             if suffix not in ("json", "csv", "parquet"):
                 raise ValueError("a data file ends in .jsonl, .json, .csv or .parquet")
-            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", name)}}  # a name, no pattern
+            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", os.path.abspath(name))}}
         with tempfile.TemporaryDirectory() as fresh:  # the library's cache may hold what a file held before
             builder = datasets.load_dataset_builder(**source, cache_dir=fresh if os.path.exists(name) else None)
             builder.config.keep_default_na = False  # "None" and "NA" in a csv file are texts
@@ -324,7 +324,7 @@ def as_messages(value, role: str) -> list[dict[str, str]]:
     turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
     turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
     roles = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
-    turns = [{"role": roles.get(name, name), "content": text if isinstance(text, str) else ""} for name, text in turns]
+    turns = [{"role": roles.get(str(by), by), "content": text if isinstance(text, str) else ""} for by, text in turns]
     while turns and not turns[-1]["content"].strip():
         turns.pop()  # an empty turn at the end invites an answer
     return turns
@@ -348,7 +348,7 @@ def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limit
         key = number if len(responses) == 2 else str((head, responses))  # pairs may be repeated
         reasons = {
             f"of a form that does not fit ({len(fields)} responses)": counts and len(fields) not in counts,
-            "with an undesirable response": counts == (1,) and row.get("label", True) in (0, None),
+            "with an undesirable response": counts == (1,) and form == "completion" and row.get("label", 1) != 1,
             "without a response at the end": counts and len(ends) < len(fields),
             "whose responses answer different prompts": counts and any(other != head for other in heads),
             "without a prompt that ends with the user": not head or head[-1]["role"] != "user",

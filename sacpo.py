@@ -176,10 +176,8 @@ def main(args: Args, device: torch.device, mesh) -> int:
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if fast else "float32"
     given, count = (args.stages, args.loss, args.dataset, args.eval_dataset), len(args.stages)
     given = [values * count if len(values) == 1 else values for values in given]  # one for all stages, or one per stage
-    if {count} != {len(set(args.stages)), *map(len, given)} or count < 1 + bool(args.merge_q):
-        raise UserError(
-            "--stages takes helpful, safe or both; --loss and the data sets one or one each; --merge-q both"
-        )
+    if {count or 1} != {len(set(args.stages)), *map(len, given)} or not all(0 <= q <= 1 < count for q in args.merge_q):
+        raise UserError("--stages takes helpful, safe or both; --loss and data sets one or one each; --merge-q 0 to 1")
 
     # ---- Pairs, output directory, model
     say(f"loading data and model; computing in {args.dtype} on {device.type}")
@@ -410,7 +408,7 @@ def load_rows(name: str, config: str | None, split: str, flag: str) -> tuple[lis
             suffix = Path(name.lower().removesuffix(".gz")).suffix.replace("jsonl", "json")[1:]
             if suffix not in ("json", "csv", "parquet"):
                 raise ValueError("a data file ends in .jsonl, .json, .csv or .parquet")
-            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", name)}}  # a name, no pattern
+            source = {"path": suffix, "data_files": {part: re.sub(r"([*?[])", r"[\1]", os.path.abspath(name))}}
         with tempfile.TemporaryDirectory() as fresh:  # the library's cache may hold what a file held before
             builder = datasets.load_dataset_builder(**source, cache_dir=fresh if os.path.exists(name) else None)
             builder.config.keep_default_na = False  # "None" and "NA" in a csv file are texts
@@ -432,7 +430,7 @@ def as_messages(value, role: str) -> list[dict[str, str]]:
     turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
     turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
     roles = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
-    turns = [{"role": roles.get(name, name), "content": text if isinstance(text, str) else ""} for name, text in turns]
+    turns = [{"role": roles.get(str(by), by), "content": text if isinstance(text, str) else ""} for by, text in turns]
     while turns and not turns[-1]["content"].strip():
         turns.pop()  # an empty turn at the end invites an answer
     return turns
@@ -456,7 +454,7 @@ def load_examples(args: Args, name: str, split: str, flag: str, tokenizer, limit
         key = number if len(responses) == 2 else str((head, responses))  # pairs may be repeated
         reasons = {
             f"of a form that does not fit ({len(fields)} responses)": counts and len(fields) not in counts,
-            "with an undesirable response": counts == (1,) and row.get("label", True) in (0, None),
+            "with an undesirable response": counts == (1,) and form == "completion" and row.get("label", 1) != 1,
             "without a response at the end": counts and len(ends) < len(fields),
             "whose responses answer different prompts": counts and any(other != head for other in heads),
             "without a prompt that ends with the user": not head or head[-1]["role"] != "user",
@@ -557,7 +555,7 @@ def load_pairs(args: Args, name, split, flag, preference: str, loss: str, tokeni
         pairs.append(list(texts)[:: -1 if chosen else 1])
     if len(pairs[0]) == 1:  # a desirable response goes with an undesirable one, where there is one
         pairs.sort(key=lambda texts: -texts[0][-1])
-        pairs = [one + other for one, other in zip(pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :], strict=False)]
+        pairs = [one + other for one, other in zip(pairs[: len(pairs) // 2], pairs[-(len(pairs) // 2) :], strict=False)]
     if flag == "--dataset" and 0 < args.train_size < len(pairs):
         drawn = torch.randperm(len(pairs), generator=random_generator(args.seed, "subset"))[: args.train_size]
         pairs = [pairs[i] for i in sorted(drawn.tolist())]

@@ -243,7 +243,9 @@ def test_data_of_sacpos_stages(run, tokenizers, tmp_path, files):
     assert outcome.code == 2 and "data sets one or one each" in outcome.errors[0]
 
 
-@pytest.mark.parametrize("labels, coupled", [("10", "+-"), ("1101", "+- ++"), ("0001", "+- --"), ("01010", "+- +-")])
+@pytest.mark.parametrize(
+    "labels, coupled", [("10", "+-"), ("1101", "+- ++"), ("0001", "+- --"), ("01010", "+- +-"), ("11101", "+- ++")]
+)
 def test_single_responses_are_coupled(tokenizers, tmp_path, labels, coupled):
     """A desirable one with an undesirable one where there is one; an odd one out is left out."""
     rows = [dict(prompt=f"{word}?", completion=word, label=int(x)) for word, x in zip(tiny.WORDS, labels, strict=False)]
