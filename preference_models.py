@@ -484,7 +484,8 @@ def load_model(cls, name, flag, mesh, dtype, longest, tokenizer, config=None, un
     model.to_empty(device="meta")
     model.tie_weights()  # moving a model to another device unties its tied weights
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    small = sum(weight.numel() for weight in model.parameters()) < 2**24  # one unit: gathering blocks takes longer
+    blocks = [module for module in model.modules() if type(module).__name__ in names and not small]
     policies = dict(mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32), reshard_after_forward=True)
     policies["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for unit in [*reversed(blocks), model]:  # a block within a block comes first
