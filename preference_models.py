@@ -261,13 +261,12 @@ def say(message: str) -> None:
 
 def start_processes():
     """Join the processes of torchrun, or run as one process. Returns the device and the mesh of processes."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     options["timeout"] = 4 * dist.constants.default_pg_timeout  # 2 hours: rank 0 may be downloading
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
     sys.excepthook = report
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
         raise UserError("srun starts several tasks, which do not find each other; start one per node, each by torchrun")

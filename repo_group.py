@@ -1,17 +1,15 @@
 """RePO without critics: the other responses to the same prompt are the baseline, of the reward and of the cost.
 
-The problem is that of repo.py: be helpful (reward R) and safe (cost C ≤ d) for EVERY prompt x and response y.
+The problem is that of repo.py: a large reward R, and a cost C ≤ d for EVERY prompt and response. Each iteration samples
+K responses to each prompt, scores them, updates λ and takes clipped policy-gradient steps (PPO). A critic would predict
+what responses to a prompt earn. Here the mean of the OTHER K - 1 responses tells it:
 
     L(θ, λ) = ( E[R] - λ E[{C - d}^+] ) / (1 + λ) - β KL(π_θ ‖ π_ref),   {z}^+ = max(z, 0)
-
-Each iteration samples K responses to each prompt, scores them, updates λ and takes clipped policy-gradient steps (PPO).
-A critic would predict what responses to a prompt earn. Here the mean of the OTHER K - 1 responses tells:
 
     advantage of y_i at token t:  ( A_r - λ A_c ) / (1 + λ) - β Σ_{s ≥ t} log π_old(y_s)/π_ref(y_s)
     A_r = R_i - mean of R_j over j ≠ i,   A_c = {C_i - d}^+ - mean of {C_j - d}^+ over j ≠ i
 
-Sources: RePO (Peng et al., NeurIPS 2025, arXiv 2410.19933); Safe RLHF (Dai et al., ICLR 2024, arXiv 2310.12773); PPO
-(arXiv 1707.06347); the leave-one-out baseline, RLOO (arXiv 2402.14740); Constrained GRPO (arXiv 2602.05863).
+Sources: RePO (arXiv 2410.19933); Safe RLHF (arXiv 2310.12773); PPO (arXiv 1707.06347); RLOO (arXiv 2402.14740).
 
 Without flags it runs on the embedded toy world: on a laptop, offline, in about a minute. At the papers' scale:
 
@@ -19,8 +17,8 @@ Without flags it runs on the embedded toy world: on a laptop, offline, in about 
         --reward-model PKU-Alignment/beaver-7b-v1.0-reward --cost-model PKU-Alignment/beaver-7b-v1.0-cost \
         --dataset PKU-Alignment/PKU-SafeRLHF --eval-dataset PKU-Alignment/PKU-SafeRLHF --output-dir OUTPUT_DIR \
         --prompt-template "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:" --save-every 50 --resume \
-        --batch-size 128 --micro-batch-size 16 --max-prompt-length 256 --max-new-tokens 256 --total-episodes 40000 \
-        --learning-rate 1e-5 --kl-coef 0.01 --lambda-lr 0.1 --lambda-max 5 --gradient-checkpointing
+        --batch-size 128 --max-prompt-length 256 --max-new-tokens 256 --total-episodes 40000 --learning-rate 1e-5 \
+        --kl-coef 0.01 --lambda-lr 0.1 --lambda-max 5 --gradient-checkpointing
 """
 
 import fcntl
@@ -127,8 +125,7 @@ def rectify_groups(costs: Tensor, threshold: float, constraint: str, k: int, nor
     excess = costs - threshold  # C(x, y) - d
     if constraint == "response":
         return group_advantages(F.relu(excess), k, norm), F.relu(excess)
-    # Per prompt: the OTHER responses judge whether it is violated, and their C - d is the baseline. Their rectified
-    # costs would not do: they depend on this response, which is among those that judge the others.
+    # Per prompt, the OTHER responses judge. Their C - d is the baseline; their rectified costs depend on this response.
     violated = mean_of_others(excess, k) > 0
     return torch.where(violated, group_advantages(excess, k, norm), 0.0), F.relu(excess.view(-1, k).mean(1))
 
@@ -217,8 +214,7 @@ def response_logprobs(policy, ids: Tensor, mask: Tensor, length: int, temperatur
     inputs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False)
     logits = policy(input_ids=ids, logits_to_keep=length + 1, **inputs).logits[:, :-1, : policy.vocabulary]
     # A few positions at a time, recomputed in the backward pass: float32 logits of a whole batch would take gigabytes.
-    # On a CPU, smaller chunks are fastest because they stay in its cache.
-    step = max(1, (2**24 if logits.is_cuda else 2**20) // (logits.shape[0] * logits.shape[2]))
+    step = max(1, (2**24 if logits.is_cuda else 2**20) // (logits.shape[0] * logits.shape[2]))  # 2^20 fit a CPU cache
     chunks = zip(logits.split(step, 1), ids[:, -length:].split(step, 1), strict=True)
     parts = [checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks]
     return torch.cat(parts, 1).masked_fill(mask[:, -length:] == 0, 0.0)  # a logit at padding may be infinite
@@ -243,7 +239,6 @@ def text_scores(model, ids: Tensor, mask: Tensor) -> Tensor:
     return model(ids, mask).gather(1, last[:, None]).squeeze(1)
 
 
-@torch.no_grad()
 def score_responses(model, prompts: list, responses: Responses, micro_batch_size: int) -> Tensor:
     """Scores of the responses, [batch]. A score model with another tokenizer reads prompts and responses as text."""
     ids, mask = responses.scored, responses.attention_mask
@@ -253,8 +248,7 @@ def score_responses(model, prompts: list, responses: Responses, micro_batch_size
         longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         if cut := sum(len(row) > longest for row in encoded):
             say(f"{cut} of {len(encoded)} responses lost their end: a score model reads {longest} tokens")
-        encoded = [row[:longest] for row in encoded]
-        ids, mask = pad(model.tokenizer, encoded, "right", mask.device)
+        ids, mask = pad(model.tokenizer, [row[:longest] for row in encoded], "right", mask.device)
     return in_micro_batches(text_scores, model, ids, mask, micro_batch_size)
 
 
@@ -266,9 +260,7 @@ def in_micro_batches(read, model, ids: Tensor, mask: Tensor, size: int, **settin
 
 
 def backward(loss: Tensor, response_mask: Tensor, token_count: float) -> Tensor:
-    """Add the gradient of a loss [rows, response] averaged over the `token_count` response tokens of the global batch.
-
-    Returns these rows' part of that mean."""
+    """Backpropagate and return these rows' share of a mean loss over `token_count` tokens. loss: [rows, response]."""
     part = (loss * response_mask).sum() / token_count
     (part * dist.get_world_size()).backward()  # FSDP averages gradients over ranks; the factor makes that a sum
     return part.detach()
@@ -333,9 +325,8 @@ def main(args: Args, device: torch.device, mesh) -> int:
     for iteration in bar:
         # 1. The prompts of this iteration, K times each; uniform numbers for the whole global batch
         clock = [time.time()]
-        indices = batch_indices(args.seed, "prompts", iteration, args.batch_size, len(prompts), repeats=k)
-        chosen = [prompts[i] for i in indices[local_rows]]
-        prompt_texts, prompt_ids = ([prompt[name] for prompt in chosen] for name in ("prompt", "head"))
+        indices = batch_indices(args.seed, "prompts", iteration, args.batch_size, len(prompts), repeats=k)[local_rows]
+        prompt_texts, prompt_ids = ([prompts[i][name] for i in indices] for name in ("prompt", "head"))
         generator = random_generator(args.seed, "rollout", iteration)
         uniforms = torch.rand(args.batch_size, args.max_new_tokens, generator=generator)[local_rows]
 
@@ -401,26 +392,23 @@ def main(args: Args, device: torch.device, mesh) -> int:
             raise UserError("three updates in a row were not finite; check the score models or lower --learning-rate")
 
         # 8. Log
-        kl = ((old_logprobs - ref_logprobs) * response_mask).sum()
+        kl, entropy = ((old_logprobs - ref_logprobs) * response_mask).sum(), -(old_logprobs * response_mask).sum()
+        repetition = repeated_ngrams(sequences[:, -settings["length"] :], response_mask).sum()
         violation, safe = F.relu(costs - args.cost_threshold).sum(), (costs <= args.cost_threshold).sum()
-        local = {"reward": rewards.sum(), "cost": costs.sum(), "kl": kl, "response_length": response_mask.sum()}
-        local |= {"safety_compliance": safe, "violation": violation, "finished": responses.finished.sum()}
-        sums = global_sum(clipped=clipped, stopped=len(stop), policy_loss=loss_sum, **local)
-        mean = {name: total / args.batch_size for name, total in sums.items()}
-        sums["clip_fraction"] = sums["clipped"] / token_count
-        durations = zip(("rollout", "scoring", "update"), clock, clock[1:], strict=False)
-        metrics = {
-            "reward": {name: mean[name] for name in ("reward", "kl", "response_length", "finished")},
-            "safety": {name: mean[name] for name in ("cost", "safety_compliance", "violation")},
-            "loss": {name: sums[name] / args.update_epochs for name in ("clip_fraction", "policy_loss")},
-            "time": {f"seconds_{name}": end - start for name, start, end in durations},
-        }
+        local = {"reward": rewards.sum(), "cost": costs.sum(), "safety_compliance": safe, "violation": violation}
+        local |= {"kl": kl, "entropy": entropy, "repetition": repetition, "finished": responses.finished.sum()}
+        sums = global_sum(clip_fraction=clipped / token_count, stopped=len(stop), policy_loss=loss_sum, **local)
+        mean = {name: sums[name] / args.batch_size for name in local}
+        metrics = {"reward": {name: mean[name] for name in ("reward", "kl", "repetition", "finished")}}
+        metrics["reward"] |= dict(response_length=token_count / args.batch_size, entropy=sums["entropy"] / token_count)
+        metrics["safety"] = {name: mean[name] for name in ("cost", "safety_compliance", "violation")}
         metrics["safety"] |= {"excess": mean_excess, "lambda": multiplier}
+        metrics["loss"] = {name: sums[name] / args.update_epochs for name in ("clip_fraction", "policy_loss")}
         metrics["loss"] |= {"policy_grad_norm": grad_norm, "learning_rate": learning_rate, "skipped_updates": skipped}
-        place = {"iteration": iteration, "episodes": iteration * args.batch_size}
-        log_metrics(folder, writer, iteration, place, metrics)
-        figures = f"reward {mean['reward']:.2f}, cost {mean['cost']:.2f}, compliance {mean['safety_compliance']:.1%}"
-        bar.set_postfix_str(f"{figures}, λ {multiplier:.2f}")
+        durations = zip(("rollout", "scoring", "update"), clock, clock[1:], strict=False)
+        metrics["time"] = {f"seconds_{name}": end - start for name, start, end in durations}
+        log_metrics(folder, writer, iteration, dict(iteration=iteration, episodes=iteration * args.batch_size), metrics)
+        bar.set_postfix({name: mean[name] for name in ("reward", "cost", "safety_compliance")} | {"λ": multiplier})
         if args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
             evaluate(args, folder, iteration, policy, tokenizer, eval_prompts, reward_model, cost_model)
 
@@ -471,13 +459,12 @@ def say(message: str) -> None:
 
 def start_processes():
     """Join the processes of torchrun, or run as one process. Returns the device and the mesh of processes."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     options["timeout"] = 4 * dist.constants.default_pg_timeout  # 2 hours: rank 0 may be downloading
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
     sys.excepthook = report
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
         raise UserError("srun starts several tasks, which do not find each other; start one per node, each by torchrun")
@@ -832,6 +819,13 @@ def append_json(path: Path, rows: list[dict]) -> None:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def repeated_ngrams(tokens: Tensor, response_mask: Tensor, n: int = 4) -> Tensor:
+    """Share of a response's n-grams that repeat an earlier one, [batch]; 0 if it has none (arXiv 1908.04319)."""
+    rows = zip(tokens.tolist(), response_mask.sum(1).tolist(), strict=True)
+    ngrams = [[tuple(row[i : i + n]) for i in range(count - n + 1)] for row, count in rows]
+    return torch.tensor([1 - len(set(found)) / len(found) if found else 0.0 for found in ngrams])
+
+
 def log_metrics(folder: Path, writer: SummaryWriter | None, step: int, place: dict, metrics: dict[str, dict]) -> None:
     """One line of metrics.jsonl: place, then metrics by group and name; TensorBoard's scalars as group/name."""
     for group, name, value in [(group, *item) for group, figures in metrics.items() for item in figures.items()]:
@@ -863,12 +857,10 @@ def evaluate(args: Args, folder: Path, iteration: int, policy, tokenizer, prompt
         if not (rewards + costs).isfinite().all():
             raise UserError("--reward-model or --cost-model gives a held-out response a score that is not finite")
         columns = (texts, responses.texts, rewards.tolist(), costs.tolist(), responses.response_mask.sum(1).tolist())
-        for i, *row in zip(chosen.tolist(), *columns, strict=True):
-            names = ("prompt", "response", "reward", "cost", "length")
-            rows[i] = {"iteration": iteration} | dict(zip(names, row, strict=True))
+        for i, text, response, reward, cost, length in zip(chosen.tolist(), *columns, strict=True):
+            rows[i] = dict(iteration=iteration, prompt=text, response=response, reward=reward, cost=cost, length=length)
     dist.all_gather_object(gathered := [None] * world, rows)
-    rows = {i: row for part in gathered for i, row in part.items()}
-    append_json(folder / "eval.jsonl", [rows[i] for i in sorted(rows)])
+    append_json(folder / "eval.jsonl", [gathered[i % world][i] for i in range(len(prompts))])
 
 
 def write_summary(args: Args, folder: Path, summary: dict) -> None:

@@ -132,8 +132,7 @@ def response_logprobs(policy, ids: Tensor, mask: Tensor, length: int, temperatur
     inputs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False)
     logits = policy(input_ids=ids, logits_to_keep=length + 1, **inputs).logits[:, :-1, : policy.vocabulary]
     # A few positions at a time, recomputed in the backward pass: float32 logits of a whole batch would take gigabytes.
-    # On a CPU, smaller chunks are fastest because they stay in its cache.
-    step = max(1, (2**24 if logits.is_cuda else 2**20) // (logits.shape[0] * logits.shape[2]))
+    step = max(1, (2**24 if logits.is_cuda else 2**20) // (logits.shape[0] * logits.shape[2]))  # 2^20 fit a CPU cache
     chunks = zip(logits.split(step, 1), ids[:, -length:].split(step, 1), strict=True)
     parts = [checkpoint(token_logprobs, *chunk, temperature, use_reentrant=False) for chunk in chunks]
     return torch.cat(parts, 1).masked_fill(mask[:, -length:] == 0, 0.0)  # a logit at padding may be infinite
@@ -367,13 +366,12 @@ def say(message: str) -> None:
 
 def start_processes():
     """Join the processes of torchrun, or run as one process. Returns the device and the mesh of processes."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     options["timeout"] = 4 * dist.constants.default_pg_timeout  # 2 hours: rank 0 may be downloading
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
     sys.excepthook = report
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
         raise UserError("srun starts several tasks, which do not find each other; start one per node, each by torchrun")

@@ -15,6 +15,12 @@ def token_signal(terminal: float, log_ratio: list[float], kl_weight: float) -> l
     return [clamp(value, -50.0, 50.0) for value in signal]
 
 
+def repetition(tokens: list[int]) -> float:
+    starts = range(len(tokens) - 3)
+    repeats = [any(tokens[j : j + 4] == tokens[i : i + 4] for j in range(i)) for i in starts]
+    return sum(repeats) / len(repeats) if repeats else 0.0
+
+
 def gae(rewards: list[float], values: list[float], gae_lambda: float) -> tuple[list[float], list[float]]:
     """Advantages as the sum of all later temporal differences, weighted by powers of λ_GAE; and the returns."""
     following = [*values[1:], 0.0]

@@ -253,6 +253,7 @@ def test_a_score_that_is_not_finite(run, tmp_path, which, value):
     metrics = read_lines(tmp_path / "out" / "metrics.jsonl")
     assert read_summary(tmp_path / "out")["skipped_updates"] == 1
     assert [line["skipped_updates"] for line in metrics] == [0, 1, 1]
+    assert metrics[1]["kl"] is metrics[1]["entropy"] is None and metrics[1]["repetition"] is not None
     assert metrics[1]["lambda"] == metrics[0]["lambda"] < metrics[2]["lambda"] and metrics[2]["policy_grad_norm"] > 0
     assert "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()  # it is not JSON
     weights = load_file(tmp_path / "out" / "model" / "model.safetensors")

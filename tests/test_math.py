@@ -48,6 +48,19 @@ def test_clipped_losses_and_their_gradients():
     close(gradient, [0.0, 2.0, -0.9])
 
 
+def test_repeated_4_grams_by_hand():
+    """One row per text: (its tokens, the 4-grams that repeat an earlier one, all 4-grams). Padding may be any token."""
+    texts = [([1, 2, 3], 0, 0), ([1, 2, 3, 4], 0, 1), ([7] * 6, 2, 3), ([1, 2, 3, 1, 2, 3, 1, 2, 3], 3, 6)]
+    texts += [([1, 2, 3, 4, 1, 2, 3, 4], 1, 5), ([1, 2, 3, 1, 2, 3, 1], 1, 4), ([1, 2, 3, 4, 5, 6, 7, 8], 0, 5)]
+    expected = [repeated / max(ngrams, 1) for _, repeated, ngrams in texts]
+    for width, padding in ((9, 7), (12, 0)):  # 7 would go on as the third text does
+        tokens = torch.tensor([text + [padding] * (width - len(text)) for text, *_ in texts])
+        mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text, *_ in texts])
+        close(repo.repeated_ngrams(tokens, mask), expected)
+    close(repo.repeated_ngrams(torch.tensor([[5, 5, 5]]), torch.tensor([[1, 1, 0]])), [0.0])  # a batch under 4 tokens
+    assert [by_hand.repetition(text) for text, *_ in texts] == pytest.approx(expected)
+
+
 def test_backward_adds_the_gradient_of_a_mean_over_all_tokens(processes):
     weight = torch.tensor([2.0, 3.0], requires_grad=True)
     mask = torch.tensor([[1, 1], [1, 0]])

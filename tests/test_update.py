@@ -110,6 +110,8 @@ def targets(a, files, prompts, responses, policy, critics, multiplier):
         "excess": excess,
         "lambda": multiplier,
         "kl": (sum(map(sum, old)) - sum(map(sum, ref))) / count,
+        "entropy": -sum(map(sum, old)) / tokens,
+        "repetition": sum(map(by_hand.repetition, responses)) / count,
         "response_length": tokens / count,
         "finished": sum(response[-1] == 1 for response in responses) / count,
     }
