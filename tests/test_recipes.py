@@ -62,7 +62,8 @@ def printed(recipe: str, **settings) -> list[list[str]]:
     """The commands that --dry-run prints, in words: bash reads them with functions in the place of the programs."""
     outcome = start(recipe, "--dry-run", **settings)
     assert (outcome.returncode, outcome.stderr) == (0, "")
-    functions = [f'{name}() {{ printf "%s\\0" {name} "$@" END; }}\n' for name in ("torchrun", "trl", "git", "mv", "rm")]
+    programs = ["torchrun", "python3", "trl", "git", "mv", "rm"]
+    functions = [f'{name}() {{ printf "%s\\0" {name} "$@" END; }}\n' for name in programs]
     shell = dict(input="".join(functions) + outcome.stdout, capture_output=True, text=True, check=True)
     return [command.split("\0")[:-1] for command in subprocess.run(["bash"], **shell).stdout.split("END\0")[:-1]]
 
