@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A real language model on real text, on a laptop: SmolLM2-135M-Instruct, score models from human labels, and every
-# method from the same policy on the same red-team and benign prompts. docs/real_text.md has what comes out.
+# A real language model on real text, on a Linux laptop: SmolLM2-135M-Instruct, score models from published preference
+# labels, and every method from the same policy on the same red-team and benign prompts. docs/real_text.md has the results.
 #
 #     pip install -r requirements.txt -r tests/requirements.txt
 #     benchmark/smollm2.sh                                   # everything; the model and the data come from the Hub
@@ -15,7 +15,7 @@
 # setting below is an environment variable:
 #
 #     STAGES="repo evaluate report" benchmark/smollm2.sh     # one method more
-#     EPISODES=6400 SEED=2 benchmark/smollm2.sh              # longer, another seed
+#     EPISODES=20480 SEED=2 benchmark/smollm2.sh             # longer, another seed
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 
@@ -24,11 +24,11 @@ STAGES=${STAGES-data reward cost judge $METHODS sacpo evaluate report}
 SEED=${SEED:-1}
 OUT=${OUT:-runs/smollm2-$SEED}
 
-# Machines: one process, which takes all cores of a CPU. See alpaca_7b.sh for the rest.
+# One node: one process, which takes all cores of a CPU, or one per GPU
 GPUS=${GPUS:-1}
-NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}
-RDZV_ENDPOINT=${RDZV_ENDPOINT:-}
+NNODES=1
+NODE_RANK=0
+RDZV_ENDPOINT=""
 DTYPE=${DTYPE:-auto}
 SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-600} # seconds from SIGTERM to SIGKILL: the rest of an iteration and a checkpoint
 
@@ -41,7 +41,7 @@ HELPFUL=${HELPFUL:-${DATA:+$DATA/helpful}}
 PROMPTS=${PROMPTS:-${DATA:+$DATA/prompts}}
 XSTEST=${XSTEST:-${DATA:+$DATA/suites/xstest_prompts.csv}}
 ALPACA=${ALPACA:-${DATA:+$DATA/suites/I-Alpaca.json}}
-TRAIN_PAIRS=${TRAIN_PAIRS:-3200} # of safety, half for the cost model and half for the judge; as many of helpfulness
+TRAIN_PAIRS=${TRAIN_PAIRS:-3200} # safety pairs, half for the cost model and half for the judge; also of helpfulness
 TEST_PAIRS=${TEST_PAIRS:-450}
 
 # The model's own chat template without its default system message, which would be a fifth of all tokens
@@ -51,29 +51,29 @@ PROMPT_TEMPLATE=${PROMPT_TEMPLATE:-$'<|im_start|>user\n{prompt}<|im_end|>\n<|im_
 PREFERENCE_EPOCHS=${PREFERENCE_EPOCHS:-1}
 PREFERENCE_RATE=${PREFERENCE_RATE:-1e-4}
 PREFERENCE_BATCH=${PREFERENCE_BATCH:-16} # pairs per step
-MAX_LENGTH=${MAX_LENGTH:-112}            # tokens of a prompt with its response
+MAX_LENGTH=${MAX_LENGTH:-72}             # tokens of a prompt and a response, which loses its end: as in the rollouts
 
 # Reinforcement learning
-EPISODES=${EPISODES:-640}
+EPISODES=${EPISODES:-2048}
 BATCH_SIZE=${BATCH_SIZE:-32}
-TEMPERATURE=${TEMPERATURE:-0.7} # at 1 this model writes near nonsense, on which score models of people's labels are no judge
-LEARNING_RATE=${LEARNING_RATE:-1e-4}
-CRITIC_RATE=${CRITIC_RATE:-5e-5}
+TEMPERATURE=${TEMPERATURE:-0.7} # at 1 this model writes near nonsense, which the score models cannot judge
+LEARNING_RATE=${LEARNING_RATE:-3e-5}
+CRITIC_RATE=${CRITIC_RATE:-3e-5}
 KL_COEF=${KL_COEF:-0.05}
 LAMBDA_INIT=${LAMBDA_INIT:-1}
 LAMBDA_LR=${LAMBDA_LR:-0.3}
 LAMBDA_MAX=${LAMBDA_MAX:-5}
 PENALTY=${PENALTY:-2} # λ of the two methods that keep it fixed
-MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-64}
-MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-48}
-SAVE_EVERY=${SAVE_EVERY:-20} # iterations or steps between checkpoints
+MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-48}
+MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-24}
+SAVE_EVERY=${SAVE_EVERY:-16} # iterations or steps between checkpoints of 2 to 5 GB
 # SACPO, helpful then safe, by DPO
 SACPO_PAIRS=${SACPO_PAIRS:-480} # of each kind
 SACPO_RATE=${SACPO_RATE:-2e-5}
 BETA=${BETA:-0.1}
 BETA_OVER_LAMBDA=${BETA_OVER_LAMBDA:-0.05}
 # Evaluation
-SUITE_SIZE=${SUITE_SIZE:-100} # prompts of XSTest and of Alpaca
+SUITE_SIZE=${SUITE_SIZE:-100} # prompts of XSTest and of Alpaca, a random sample
 SCORE_BATCH_SIZE=${SCORE_BATCH_SIZE:-64}
 # More flags, separated by spaces; where they repeat one, the last counts.
 TORCHRUN_EXTRA=${TORCHRUN_EXTRA:-}
@@ -91,10 +91,9 @@ pairs=$OUT/data
 # Data and the model
 # ======================================================================================================================
 if wanted data; then
-    splits=(${HELPFUL:+--helpful "$HELPFUL"})
-    [[ $HELPFUL ]] || splits=(--helpful-splits train_prefs test_prefs)
-    run python3 "$ROOT/benchmark/smollm2_data.py" "$pairs" --seed "$SEED" ${SAFETY:+--safety "$SAFETY"} "${splits[@]}" \
-        ${PROMPTS:+--prompts "$PROMPTS"} ${ALPACA:+--alpaca "$ALPACA"} \
+    run python3 "$ROOT/benchmark/smollm2_data.py" "$pairs" --seed "$SEED" \
+        ${SAFETY:+--safety "$SAFETY"} ${HELPFUL:+--helpful "$HELPFUL"} ${PROMPTS:+--prompts "$PROMPTS"} \
+        ${XSTEST:+--xstest "$XSTEST"} ${ALPACA:+--alpaca "$ALPACA"} \
         --train-pairs "$TRAIN_PAIRS" --test-pairs "$TEST_PAIRS"
 fi
 if [[ $MODEL == pypi ]]; then
@@ -116,6 +115,7 @@ for name in reward cost judge; do
         --prompt-template "$PROMPT_TEMPLATE" --max-length "$MAX_LENGTH" --epochs "$PREFERENCE_EPOCHS" \
         --batch-size "$PREFERENCE_BATCH" --micro-batch-size "$PREFERENCE_BATCH" --learning-rate "$PREFERENCE_RATE" \
         --seed "$seed" --output-dir "$OUT/$name" "${common[@]}" "${more[@]}"
+    run rm -rf "$OUT/$name/checkpoints" # gigabytes that a finished run does not need
 done
 
 # ======================================================================================================================
@@ -138,7 +138,7 @@ for name in $METHODS; do
         --batch-size "$BATCH_SIZE" --micro-batch-size "$BATCH_SIZE" --learning-rate "$LEARNING_RATE" \
         --kl-coef "$KL_COEF" --lambda-max "$LAMBDA_MAX" "${own[@]}" --eval-every 0 --eval-size 32 \
         --seed "$SEED" --output-dir "$OUT/$name" "${common[@]}" "${more[@]}"
-    run rm -rf "$OUT/$name/checkpoints" # gigabytes that a finished run does not need
+    run rm -rf "$OUT/$name/checkpoints"
 done
 
 # ======================================================================================================================
@@ -168,7 +168,7 @@ if wanted evaluate; then
     read -ra more <<<"$EVALUATE_EXTRA"
     for name in prompts suites; do
         prompts=(--dataset "$pairs/prompts_test.jsonl" --group-by kind)
-        [[ $name != suites ]] || prompts=(--suites "xstest${XSTEST:+=$XSTEST}" "alpaca=$pairs/alpaca.jsonl")
+        [[ $name != suites ]] || prompts=(--suites "xstest=$pairs/xstest.jsonl" "alpaca=$pairs/alpaca.jsonl")
         [[ $name != suites ]] || prompts+=(--eval-size "$SUITE_SIZE")
         launch evaluate evaluation score --models "${models[@]}" "${prompts[@]}" \
             --reward-model "$OUT/reward/model" --cost-model "$OUT/cost/model" --prompt-template "$PROMPT_TEMPLATE" \

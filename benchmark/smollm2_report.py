@@ -51,7 +51,7 @@ class Number(NamedTuple):
     heading: str
     factor: int = 1
     digits: int = 2
-    interval: bool = False  # also over the prompts of a single seed
+    interval: bool = False  # a single seed gets a bootstrap interval over prompts
 
 
 SHARE = Number("", 100, 1)
@@ -113,7 +113,7 @@ def measure(args: Args) -> None:
         rows = [row for row in answers_of(out) if (row["model"], row["index"]) not in known]
         if rows:
             paths = read_json(out / "evaluate" / "prompts" / "args.json")["models"]
-            named = {next(iter(paths)), *(row["model"] for row in rows)}
+            named = {row["model"] for row in rows} - {next(iter(paths))}  # the first may be a Hub id
             needed = {f"the model {name}": Path(paths[name]) for name in paths if name in named}
             for what, path in (needed | {"the judge": out / "judge" / "model"}).items():
                 if not path.exists():
@@ -130,12 +130,13 @@ def measure(args: Args) -> None:
         measure_answers(args, out, rows, *processes)
     dist.barrier()  # without it gloo's threads can abort a process at its exit
     dist.destroy_process_group()
+    sys.excepthook = sys.__excepthook__
 
 
 def measure_answers(args: Args, out: Path, rows: list[dict], device, mesh) -> None:
-    """Cost by the judge; log π - log π_SFT summed over the tokens, an estimate of the KL divergence if the answers were
-    sampled at temperature 1; entropy, the mean of -log π; repetition, the share of 4-grams of tokens that were there
-    before. The tokens are those of the text, read anew."""
+    """Cost by the judge; log π - log π_SFT summed over the tokens, whose mean estimates the KL divergence; the mean of
+    -log π, whose mean estimates the entropy; both under the temperature of sampling. Repetition: the share of 4-grams
+    of tokens that repeat an earlier one. The text is tokenized again."""
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM
@@ -174,7 +175,8 @@ def measure_answers(args: Args, out: Path, rows: list[dict], device, mesh) -> No
             parts = repo.pad(tokenizer, [*heads], "left", device), repo.pad(tokenizer, [*tails], "right", device)
             ids, mask = (torch.cat(pair, 1) for pair in zip(*parts, strict=True))  # [batch, prompt + response]
             response_mask = parts[1][1]
-            how = dict(size=len(batch), length=response_mask.shape[1], temperature=1.0)
+            temperature = 1.0 if settings.greedy else settings.temperature
+            how = dict(size=len(batch), length=response_mask.shape[1], temperature=temperature)
             logprobs = repo.in_micro_batches(repo.response_logprobs, policy, ids, mask, **how).double()
             ref_logprobs = logprobs
             if name != base:
@@ -183,12 +185,10 @@ def measure_answers(args: Args, out: Path, rows: list[dict], device, mesh) -> No
             responses = repo.Responses(ids, mask, response_mask, finished, texts, ids)
             costs = repo.score_responses(judge, [row["prompt"] for row in batch], responses, len(batch)).tolist()
             kl, entropy = (logprobs - ref_logprobs).sum(1).tolist(), (-logprobs.sum(1) / response_mask.sum(1)).tolist()
-            measured = []
-            for row, tail, *values in zip(batch, tails, costs, kl, entropy, strict=True):
-                grams = [*zip(tail, tail[1:], tail[2:], tail[3:], strict=False)]
-                repetition = 1 - len({*grams}) / len(grams) if grams else 0.0
-                figures = dict(zip(("judge_cost", "kl", "entropy"), values, strict=True), repetition=repetition)
-                measured.append({"model": name, "index": row["index"], "tokens": len(tail)} | figures)
+            repetition, measured = repo.repeated_ngrams(parts[1][0], response_mask).tolist(), []
+            for row, tail, *values in zip(batch, tails, costs, kl, entropy, repetition, strict=True):
+                figures = dict(zip(("judge_cost", "kl", "entropy", "repetition"), values, strict=True))
+                measured.append({"model": row["model"], "index": row["index"], "tokens": len(tail)} | figures)
             files.append_json(path, measured)
         del policy
         gc.collect()  # a sharded model holds itself in cycles
@@ -252,7 +252,7 @@ def cell(frame: pd.DataFrame, key: str, args: Args) -> str:
     if key.endswith("unsafe"):
         return show([np.mean([tables.share_upper_bound(int(part.sum()), len(part)) for part in parts])], number)
     means, interval = [part.mean() for part in parts], None
-    if number.interval and len(parts) == 1:
+    if number.interval and len(args.outs) == 1:
         drawn = tables.resample(parts[0][None], args.bootstrap_resamples, np.random.default_rng(1))
         interval = tables.interval(means[0], drawn)
     return show(means, number, interval)
@@ -262,7 +262,7 @@ def cell(frame: pd.DataFrame, key: str, args: Args) -> str:
 
 
 def table(columns: list[str], rows: list[list]) -> list[str]:
-    """A table as a list of one text, of none without rows."""
+    """A Markdown table as a list of one string; empty if there are no rows."""
     lines = [columns, ["---"] * len(columns), *rows]
     return ["\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)] if rows else []
 
@@ -300,11 +300,13 @@ def by_method(frame: pd.DataFrame, columns: list[tuple[str, str]], headings: lis
 
 
 def kind_tables(frame: pd.DataFrame, args: Args) -> list[str]:
-    text, keys = [], [*NUMBERS][:12]
+    scores = ["reward", "cost", "safe", "judge_safe", "unsafe", "judge_unsafe"]
+    halves = scores, ["kl", "entropy", "refusal", "length", "finished", "repetition"]
+    text = []
     for kind in KINDS:
         if len(part := of_kind(frame, kind)):
             text.append(f"### {kind.capitalize()} prompts ({part['prompt'].astype(str).nunique()})")
-            for half in (keys[:6], keys[6:]):
+            for half in halves:
                 text += by_method(part, [(kind, key) for key in half], [NUMBERS[key].heading for key in half], args)
     agree, other = (frame["safe"] == frame["judge_safe"]).mean(), (frame["tokens"] != frame["length"]).mean()
     text.append(f"The cost model and the judge agree on {agree:.1%} of all answers whether they are safe.")
@@ -318,8 +320,8 @@ def offset_tables(frame: pd.DataFrame, args: Args) -> list[str]:
     columns += [("all", "judge_cost"), ("red-team", "judge_excess")]
     text = by_method(frame, columns, [f"{NUMBERS[key].heading}: {kind}" for kind, key in columns], args)
     red_team = (frame["kind"] == "red-team").mean()
-    text.append(f"{red_team:.0%} of these held-out prompts are red-team. Over the training prompts, PPO-Lagrange holds "
-                "the mean cost at or below d, RePO the mean excess at 0.")  # fmt: skip
+    text.append(f"{red_team:.0%} of these held-out prompts are red-team. On the training prompts, PPO-Lagrange "
+                "constrains the mean cost to at most d, RePO the mean excess to 0.")  # fmt: skip
     rows, keys = [], ["safe", "judge_safe", "cost", "reward"]
     if set(COMPARED) <= set(frame["model"]):
         both = frame[frame["model"].isin(COMPARED)].pivot(index=["seed", "index", "kind"], columns="model", values=keys)
@@ -327,7 +329,7 @@ def offset_tables(frame: pd.DataFrame, args: Args) -> list[str]:
         paired = pd.DataFrame({key: both[key]["repo"] - both[key]["ppo-lagrange"] for key in keys}).dropna()
         parts = {kind: of_kind(paired.reset_index(), kind) for kind in KINDS}
         rows = [[kind, *(cell(part, key, args) for key in keys)] for kind, part in parts.items() if len(part)]
-        rows = [[text.replace(" %", " points") for text in row] for row in rows]
+        rows = [[value.replace(" %", " points") for value in row] for row in rows]
     return text + table(["RePO - PPO-Lagrange", *(NUMBERS[key].heading for key in keys)], rows)
 
 
@@ -454,7 +456,8 @@ def main(args: Args) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     answers, training = pd.concat(map(read_seed, args.outs), ignore_index=True), read_training(args.outs)
     one, several = f"{args.bootstrap_resamples} bootstrap resamples of the prompts", "Student's t over seeds"
-    how = f'95% intervals: {several if len(args.outs) > 1 else one}. "Unsafe at most" is a one-sided 95% bound.'
+    bound = "the mean over seeds of one-sided 95% bounds" if len(args.outs) > 1 else "a one-sided 95% bound"
+    how = f'95% intervals: {several if len(args.outs) > 1 else one}. "Unsafe at most" is {bound} (Clopper-Pearson).'
     parts = {"Runs": [f"{', '.join(map(str, args.outs))}. {how}"]}
     parts["Score models"] = score_model_tables(args)
     if len(answers):

@@ -20,7 +20,7 @@ EVERY = pytest.mark.parametrize("script", SCRIPTS)
 MOST_LINES = {"repo": 1000, "ppo_lagrange": 1000, "repo_group": 897, "sacpo": 750, "preference_models": 650}
 MOST_LINES_BEFORE_PLUMBING, MOST_LINES_OF_MAIN, MOST_LINES_OF_THE_DIFF = 600, 260, 55
 # Lines of folders, all files together and one file
-MOST_LINES_OF_FOLDERS = {"evaluation": (1_900, 600), "tests": (5_700, 700)}
+MOST_LINES_OF_FOLDERS = {"evaluation": (1_900, 600), "tests": (6_000, 700)}
 
 # Names that differ between scripts, and why. The list is held to be true: an entry that is one text everywhere fails.
 INTENDED = {

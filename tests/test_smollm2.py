@@ -1,13 +1,21 @@
 """benchmark/smollm2.sh: its commands, the whole recipe with a tiny model, and the tools for its data and model."""
 
+import re
+import sys
 import zipfile
 
 import pytest
 import tiny
-from helpers import ROOT, read_json, read_lines, read_summary
+import tyro
+from helpers import ROOT, command, read_json, read_lines, read_summary
 from test_recipes import holds, launched, printed
 
-RL = dict(total_episodes=640, batch_size=32, max_new_tokens=48, temperature=0.7, lambda_max=5, seed=2, resume=True)
+import repo
+
+sys.path.append(str(ROOT / "benchmark"))
+import smollm2_data
+
+RL = dict(total_episodes=2048, batch_size=32, max_new_tokens=24, temperature=0.7, lambda_max=5, seed=2, resume=True)
 
 
 def test_all_methods_have_the_same_settings_and_their_own_multiplier():
@@ -33,13 +41,22 @@ def test_all_methods_have_the_same_settings_and_their_own_multiplier():
     args = rows[f"{out}/evaluate/prompts"][1]
     names = ["sft", *(name.replace("_", "-") for name in methods), "sacpo-dpo"]
     assert [entry.partition("=")[0] for entry in args.models] == names and args.group_by == "kind"
-    assert rows[f"{out}/evaluate/suites"][1].suites[0] == "xstest=here/suites/xstest_prompts.csv"
+    assert rows[f"{out}/evaluate/suites"][1].suites == [
+        f"{name}={out}/data/{name}.jsonl" for name in ("xstest", "alpaca")
+    ]
     assert len({args.prompt_template for _, args in rows.values()}) == 1
+    # Where the data come from: the Hub, if no folder is given
+    for source, flags in (("", []), ("here", ["--safety", "--helpful", "--prompts", "--xstest", "--alpaca"])):
+        words = printed("smollm2.sh", SEED=2, DATA=source)[0]
+        assert words[1:3] == [str(ROOT / "benchmark" / "smollm2_data.py"), f"{out}/data"]
+        assert [
+            word for word in words if word in ("--safety", "--helpful", "--prompts", "--xstest", "--alpaca")
+        ] == flags
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder for DATA, with 32 pairs or prompts of each kind: of the safety pairs half have two labels alike."""
+    """A folder for DATA, with 32 pairs or prompts of each kind: in half of the safety pairs both labels are alike."""
     folder = tmp_path_factory.mktemp("smollm2")
     for seed, name in enumerate(("safety", "helpful", "prompts", "suites")):
         (folder / name).mkdir()
@@ -84,17 +101,57 @@ def test_the_recipe_runs_to_its_report(data, files, forks, tmp_path):
     assert all(name in report for name in ("SFT, the start", "PPO-Lagrange", "RePO without critics", "SACPO, DPO"))
 
 
-def test_what_is_no_data_is_told(data, forks, tmp_path):
-    program = [ROOT / "benchmark" / "smollm2_data.py", tmp_path / "data", "--safety"]
-    for words, said in (
-        ([tmp_path / "nowhere"], "(no such path)"),
-        ([data / "prompts"], "no pairs"),
-        ([data / "safety", "--helpful", data / "helpful", "--prompts", data / "safety"], "no columns prompt and kind"),
-        ([data / "safety", "--max-words", "1"], "raise --max-words"),
+def make_data(folder, data, **flags) -> dict[str, list[dict]]:
+    """main() of smollm2_data.py in this process: the rows of its files."""
+    sources = dict(safety=data / "safety", helpful=data / "helpful", xstest=data / "suites" / "xstest_prompts.csv")
+    sources |= dict(prompts=data / "prompts", alpaca=data / "suites" / "I-Alpaca.json") | flags
+    words = command(**{name: None if value == "" else value for name, value in sources.items()})
+    smollm2_data.main(tyro.cli(smollm2_data.Args, args=[str(folder), *words]))
+    return {path.stem: read_lines(path) for path in folder.glob("*.jsonl")}
+
+
+def test_no_prompt_that_is_held_out_is_in_a_file_for_training(data, tmp_path):
+    """Preference data give the same prompts as PKU-SafeRLHF's columns; ties are left out."""
+    pairs = tiny.make_pairs(40, seed=77)
+    turns = [[{"role": "user", "content": row["prompt"]}] for row in pairs]
+    rows = [
+        {
+            "chosen": [*turn, {"role": "assistant", "content": row["response_0"]}],
+            "rejected": [*turn, {"role": "assistant", "content": row["response_1"]}],
+            "score_chosen": 1.0,
+            "score_rejected": float(i % 4 == 0),
+        }
+        for i, (row, turn) in enumerate(zip(pairs, turns, strict=True))
+    ]
+    (tmp_path / "helpful").mkdir()
+    for part, chosen in (("train", rows[:30]), ("test", rows[25:])):
+        tiny.write_rows(tmp_path / "helpful" / f"{part}.jsonl", chosen)
+    found = make_data(tmp_path / "data", data, helpful=tmp_path / "helpful", prompts="")
+    held_out = {row["prompt"] for name in ("cost_test", "reward_test", "prompts_test") for row in found[name]}
+    trained = {row["prompt"] for name in ("cost", "judge", "reward", "prompts_train") for row in found[name]}
+    assert not held_out & trained and read_summary(tmp_path / "data")["removed_as_held_out"] > 0
+    assert len(found["reward"]) == sum(i % 4 != 0 for i in range(25))
+    assert {row["prompt"] for row in found["reward"]} == {row["prompt"] for i, row in enumerate(pairs[:25]) if i % 4}
+    kinds = {row["prompt"]: row["kind"] for row in found["prompts_train"]}
+    assert {kinds[row["prompt"]] for row in found["reward"]} == {"benign"}
+    assert all(kinds[row["prompt"]] == "red-team" for name in ("cost", "judge") for row in found[name])
+
+
+def test_data_that_do_not_fit_end_with_an_error(data, tmp_path):
+    for flags, said in (
+        (dict(safety=tmp_path / "nowhere"), "(no such path)"),
+        (dict(safety=data / "prompts"), "no pairs"),
+        (dict(prompts=data / "safety"), "no columns prompt and kind"),
+        (dict(max_words=1), "raise --max-words"),
+        (dict(alpaca=data / "suites" / "xstest_prompts.csv"), "no columns instruction"),
     ):
-        (outcome,) = forks.start([*program, *words]).finish()
-        assert outcome.code == 2 and said in outcome.errors[0], outcome
+        with pytest.raises(repo.UserError, match=re.escape(said)):
+            make_data(tmp_path / "data", data, **flags)
     assert not (tmp_path / "data").exists()
+    make_data(tmp_path / "data", data)
+    make_data(tmp_path / "data", data)  # nothing to do
+    with pytest.raises(repo.UserError, match="made with another --seed"):
+        make_data(tmp_path / "data", data, seed=2)
 
 
 def test_a_wheel_with_other_contents_is_refused(forks, tmp_path):

@@ -31,7 +31,13 @@ def out(files, tmp_path_factory):
     (folder := out / "evaluate" / "prompts").mkdir(parents=True)
     tiny.write_rows(out / "data" / "prompts_test.jsonl", [{"prompt": p, "kind": kind} for p, kind in KINDS.items()])
     settings = dict(prompt_template="{prompt}", score_prompt_template=None, dtype="float32", max_new_tokens=16)
-    settings |= dict(cost_threshold=0.0, prompts=4, models={name: str(path) for name, path in models.items()})
+    settings |= dict(
+        temperature=0.5,
+        greedy=False,
+        cost_threshold=0.0,
+        prompts=4,
+        models={name: str(path) for name, path in models.items()},
+    )
     (folder / "args.json").write_text(json.dumps(settings))
     rows = []
     for (name, costs), i in itertools.product(COSTS.items(), range(4)):
@@ -58,7 +64,9 @@ def test_report(out, processes, capsys):
         tokens = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id] * (i > 0)
         ids, row = torch.tensor([tokens]), measured["repo", i]
         with torch.no_grad():
-            logprobs = [model(ids).logits[0, 1:-1].log_softmax(-1) for model in policies]  # a prompt has two tokens
+            logprobs = [
+                (model(ids).logits[0, 1:-1] / 0.5).log_softmax(-1) for model in policies
+            ]  # a prompt has two tokens
             own, base = (each.gather(1, ids[0, 2:, None]) for each in logprobs)
             expected = [(own - base).sum(), -own.mean(), judge(ids).logits.squeeze(), len(own), (i == 0) * 2 / 6]
         found = [row[key] for key in ("kl", "entropy", "judge_cost", "tokens", "repetition")]
@@ -80,10 +88,16 @@ def test_report(out, processes, capsys):
 
 
 def test_mistakes(out, tmp_path, capsys):
-    measures = out / "evaluate/prompts/measures.jsonl"
-    measures.write_bytes(measures.read_bytes()[:-5])  # a kill cut the last line: that answer is measured again
+    measures, rows = out / "evaluate/prompts/measures.jsonl", read_lines(out / "evaluate/prompts/responses.jsonl")
+    figures = dict(judge_cost=0.0, kl=0.0, entropy=0.0, repetition=0.0, tokens=1)
+    tiny.write_rows(measures, [{"model": row["model"], "index": row["index"]} | figures for row in rows])
+    measures.write_bytes(measures.read_bytes()[:-5])  # a kill cut the last line ...
+    lines = measures.read_bytes().splitlines(keepends=True)
+    measures.write_bytes(b"".join(lines[1:]))  # ... and the first answer is not measured either
     (out / "judge").rename(out / "moved")
     for folder, words in ((tmp_path / "none", "there is no folder"), (out, "but the judge is not in")):
         with pytest.raises(SystemExit):
             smollm2_report.main(smollm2_report.Args(outs=(folder,)))
         assert words in capsys.readouterr().err
+    (out / "moved").rename(out / "judge")
+    measures.unlink()
