@@ -15,7 +15,7 @@
 # setting below is an environment variable:
 #
 #     STAGES="repo evaluate report" benchmark/smollm2.sh     # one method more
-#     EPISODES=20480 SEED=2 benchmark/smollm2.sh             # longer, another seed
+#     EPISODES=12288 SEED=2 benchmark/smollm2.sh             # longer, another seed
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 
@@ -54,7 +54,7 @@ PREFERENCE_BATCH=${PREFERENCE_BATCH:-16} # pairs per step
 MAX_LENGTH=${MAX_LENGTH:-72}             # tokens of a prompt and a response, which loses its end: as in the rollouts
 
 # Reinforcement learning
-EPISODES=${EPISODES:-2048}
+EPISODES=${EPISODES:-1536}
 BATCH_SIZE=${BATCH_SIZE:-32}
 TEMPERATURE=${TEMPERATURE:-0.7} # at 1 this model writes near nonsense, which the score models cannot judge
 LEARNING_RATE=${LEARNING_RATE:-3e-5}

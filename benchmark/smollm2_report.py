@@ -274,7 +274,7 @@ def title(name: str, seeds: int, args: Args) -> str:
 
 def score_model_tables(args: Args) -> list[str]:
     data = [read_json(path) for out in args.outs if (path := out / "data" / "summary.json").exists()]
-    keys = dict.fromkeys(key for counts in data for key in counts)
+    keys = dict.fromkeys(key for counts in data for key in counts if key != "settings")
     counts = [[key, *(json.dumps(each.get(key)) for each in data)] for key in keys]
     rows = []
     for kind in ("reward", "cost", "judge"):

@@ -15,7 +15,7 @@ import repo
 sys.path.append(str(ROOT / "benchmark"))
 import smollm2_data
 
-RL = dict(total_episodes=2048, batch_size=32, max_new_tokens=24, temperature=0.7, lambda_max=5, seed=2, resume=True)
+RL = dict(total_episodes=1536, batch_size=32, max_new_tokens=24, temperature=0.7, lambda_max=5, seed=2, resume=True)
 
 
 def test_all_methods_have_the_same_settings_and_their_own_multiplier():
