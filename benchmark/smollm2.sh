@@ -68,7 +68,7 @@ MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-48}
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-24}
 SAVE_EVERY=${SAVE_EVERY:-16} # iterations or steps between checkpoints of 2 to 5 GB
 # SACPO, helpful then safe, by DPO
-SACPO_PAIRS=${SACPO_PAIRS:-480} # of each kind
+SACPO_PAIRS=${SACPO_PAIRS:-320} # of each kind
 SACPO_RATE=${SACPO_RATE:-2e-5}
 BETA=${BETA:-0.1}
 BETA_OVER_LAMBDA=${BETA_OVER_LAMBDA:-0.05}
@@ -147,7 +147,8 @@ done
 if wanted sacpo; then
     read -ra more <<<"$SACPO_EXTRA"
     launch sacpo sacpo.py --model "$MODEL" --dataset "$pairs/reward.jsonl" "$pairs/cost.jsonl" \
-        --eval-dataset "$pairs/reward_test.jsonl" "$pairs/cost_test.jsonl" --train-size "$SACPO_PAIRS" \
+        --eval-dataset "$pairs/reward_test.jsonl" "$pairs/cost_test.jsonl" --eval-split "test[:64]" \
+        --train-size "$SACPO_PAIRS" \
         --prompt-template "$PROMPT_TEMPLATE" --max-prompt-length "$MAX_PROMPT_LENGTH" --max-length "$MAX_LENGTH" \
         --stages helpful safe --loss dpo --beta "$BETA" --beta-over-lambda "$BETA_OVER_LAMBDA" \
         --batch-size "$PREFERENCE_BATCH" --micro-batch-size "$PREFERENCE_BATCH" --learning-rate "$SACPO_RATE" \
