@@ -19,8 +19,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 
-METHODS="repo ppo_lagrange ppo reward_shaping rectified_penalty repo_group"
-STAGES=${STAGES-data reward cost judge $METHODS sacpo evaluate report}
+METHODS="repo ppo_lagrange ppo reward_shaping rectified_penalty repo_group repo_noisy"
+SCORE_MODELS="reward cost judge cost_noisy"
+STAGES=${STAGES-data $SCORE_MODELS $METHODS sacpo evaluate report}
 SEED=${SEED:-1}
 OUT=${OUT:-runs/smollm2-$SEED}
 
@@ -82,7 +83,7 @@ RL_EXTRA=${RL_EXTRA:-}
 SACPO_EXTRA=${SACPO_EXTRA:-}
 EVALUATE_EXTRA=${EVALUATE_EXTRA:-}
 
-KNOWN="data reward cost judge $METHODS sacpo evaluate report"
+KNOWN="data $SCORE_MODELS $METHODS sacpo evaluate report"
 begin "$@"
 common=(--dtype "$DTYPE" --save-every "$SAVE_EVERY" --resume)
 pairs=$OUT/data
@@ -102,9 +103,10 @@ if [[ $MODEL == pypi ]]; then
 fi
 
 # ======================================================================================================================
-# Score models: reward, cost, and a second cost model from other prompts, which no policy is trained against
+# Score models: reward, cost, a second cost model from other prompts, which no policy is trained against, and one from
+# the pairs of the first with a tenth of their labels flipped
 # ======================================================================================================================
-for name in reward cost judge; do
+for name in $SCORE_MODELS; do
     wanted "$name" || continue
     kind=cost seed=$SEED test=$pairs/cost_test.jsonl
     [[ $name != judge ]] || seed=$((SEED + 1000))
@@ -123,15 +125,16 @@ done
 # ======================================================================================================================
 for name in $METHODS; do
     wanted "$name" || continue
-    script=$name own=(--critic-learning-rate "$CRITIC_RATE" --lambda-init "$LAMBDA_INIT" --lambda-lr "$LAMBDA_LR")
+    script=$name cost=cost own=(--critic-learning-rate "$CRITIC_RATE" --lambda-init "$LAMBDA_INIT" --lambda-lr "$LAMBDA_LR")
     case $name in
     ppo) script=ppo_lagrange own+=(--lambda-init 0) ;;
     reward_shaping) script=ppo_lagrange own+=(--lambda-init "$PENALTY" --lambda-lr 0) ;;
     rectified_penalty) script=repo own+=(--lambda-init "$PENALTY" --lambda-lr 0) ;;
+    repo_noisy) script=repo cost=cost_noisy ;;
     repo_group) own=("${own[@]:2}" --responses-per-prompt 4) ;; # it has no critics
     esac
     read -ra more <<<"$RL_EXTRA"
-    launch "$name" "$script.py" --model "$MODEL" --reward-model "$OUT/reward/model" --cost-model "$OUT/cost/model" \
+    launch "$name" "$script.py" --model "$MODEL" --reward-model "$OUT/reward/model" --cost-model "$OUT/$cost/model" \
         --dataset "$pairs/prompts_train.jsonl" --eval-dataset "$pairs/prompts_test.jsonl" --prompt-template "$PROMPT_TEMPLATE" \
         --max-prompt-length "$MAX_PROMPT_LENGTH" --max-new-tokens "$MAX_NEW_TOKENS" --temperature "$TEMPERATURE" \
         --total-episodes "$EPISODES" \

@@ -10,7 +10,8 @@ and short texts. The prompts of the first are `red-team`, those of the second `b
 no file for training, whatever its capitals and spaces.
 
 Writes cost, judge, reward, cost_test, reward_test, prompts_train, prompts_test, xstest and alpaca (.jsonl), and
-summary.json. The rows of xstest and alpaca are in random order, so that the first ones are a sample.
+summary.json. The rows of xstest and alpaca are in random order, so that the first ones are a sample. cost_noisy has the
+pairs of cost with a share of their labels flipped.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +47,7 @@ class Args:
     train_pairs: int = 3200  # pairs for training at most, of each set; whole prompts
     test_pairs: int = 450  # held-out pairs at most, of each set
     max_words: int = 250  # words of a prompt or a response; pairs with longer ones are left out
+    noise: float = 0.1  # share of the labels of cost_noisy that are flipped
 
 
 def key(seed: int, prompt: str) -> bytes:
@@ -126,6 +129,16 @@ def suite(args: Args, name: str) -> list[dict]:
     return sorted(rows, key=lambda row: key(args.seed, row["prompt"]))
 
 
+def flip_labels(args: Args, rows: list[dict]) -> list[dict]:
+    """Pairs with a share of their labels flipped: the safety of each response by itself, and which one is safer."""
+    columns = (*LABELS, "safer_response_id")
+    flipped = np.random.default_rng(args.seed).random((len(rows), len(columns))) < args.noise
+    return [
+        row | {name: type(row[name])(not row[name]) for name, flip in zip(columns, flips, strict=True) if flip}
+        for row, flips in zip(rows, flipped, strict=True)
+    ]
+
+
 def contradictory(rows: list[dict]) -> float:
     """Share of the distinct responses that are called safe in one pair and unsafe in another."""
     labels = {}
@@ -167,6 +180,7 @@ def main(args: Args) -> None:
     safety = found.pop("safety")
     for half, name in enumerate(("cost", "judge")):  # another byte of the key than the first, which orders the prompts
         found[name] = [row for row in safety if key(args.seed, row["prompt"])[-1] % 2 == half]
+    found["cost_noisy"] = flip_labels(args, found["cost"])
     found |= {name: suite(args, name) for name in ("xstest", "alpaca")}
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,13 +29,16 @@ def test_all_methods_have_the_same_settings_and_their_own_multiplier():
         "reward_shaping": ("ppo_lagrange.py", dict(lambda_init=2, lambda_lr=0)),
         "rectified_penalty": ("repo.py", dict(lambda_init=2, lambda_lr=0)),
         "repo_group": ("repo_group.py", dict(lambda_init=1, lambda_lr=0.3, responses_per_prompt=4)),
+        "repo_noisy": ("repo.py", dict(lambda_init=1, lambda_lr=0.3, rectify="cost")),
     }
     for name, (script, own) in methods.items():
         found, args = rows[f"{out}/{name}"]
         assert found == script
-        holds(args, **RL, **own, model=model, cost_model=f"{out}/cost/model", reward_model=f"{out}/reward/model")
+        cost = "cost_noisy" if name == "repo_noisy" else "cost"
+        holds(args, **RL, **own, model=model, cost_model=f"{out}/{cost}/model", reward_model=f"{out}/reward/model")
         holds(args, dataset=f"{out}/data/prompts_train.jsonl", eval_dataset=f"{out}/data/prompts_test.jsonl")
-    for name, kind, seed in (("reward", "reward", 2), ("cost", "cost", 2), ("judge", "cost", 1002)):
+    kinds = {"reward": ("reward", 2), "cost": ("cost", 2), "judge": ("cost", 1002), "cost_noisy": ("cost", 2)}
+    for name, (kind, seed) in kinds.items():
         holds(rows[f"{out}/{name}"][1], kind=kind, seed=seed, dataset=f"{out}/data/{name}.jsonl", model=model)
     holds(rows[f"{out}/sacpo"][1], stages=("helpful", "safe"), loss=("dpo",), model=model)
     args = rows[f"{out}/evaluate/prompts"][1]
@@ -95,7 +98,7 @@ def test_the_recipe_runs_to_its_report(data, files, forks, tmp_path):
     assert read_summary(out / "data")["kinds_test"] == {"red-team": 16, "benign": 16}
     table = read_json(out / "evaluate" / "prompts" / "table.json")
     assert {group: part["prompts"] for group, part in table["groups"].items()} == {"red-team": 16, "benign": 16}
-    assert len(table["models"]) == 8
+    assert len(table["models"]) == 9
     assert {"xstest", "alpaca"} <= set(read_json(out / "evaluate" / "suites" / "table.json")["suites"])
     report = (out / "report" / "report.md").read_text(encoding="utf-8")
     assert all(name in report for name in ("SFT, the start", "PPO-Lagrange", "RePO without critics", "SACPO, DPO"))
@@ -135,6 +138,16 @@ def test_no_prompt_that_is_held_out_is_in_a_file_for_training(data, tmp_path):
     kinds = {row["prompt"]: row["kind"] for row in found["prompts_train"]}
     assert {kinds[row["prompt"]] for row in found["reward"]} == {"benign"}
     assert all(kinds[row["prompt"]] == "red-team" for name in ("cost", "judge") for row in found[name])
+
+
+def test_labels_are_flipped_each_by_itself(data, tmp_path):
+    found = make_data(tmp_path / "data", data, noise=0.25)
+    names = {"is_response_0_safe", "is_response_1_safe", "safer_response_id"}
+    pairs = list(zip(found["cost"], found["cost_noisy"], strict=True))
+    changed = [{name for name in before if before[name] != after[name]} for before, after in pairs]
+    assert set().union(*changed) == names and 1 in map(len, changed)
+    assert sum(map(len, changed)) / len(changed) / 3 == pytest.approx(0.25, abs=0.2)
+    assert all(type(before[name]) is type(after[name]) for before, after in pairs for name in names)
 
 
 def test_data_that_do_not_fit_end_with_an_error(data, tmp_path):
