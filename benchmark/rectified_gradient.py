@@ -1,8 +1,8 @@
-"""What rectification does to the policy gradient, on two prompts with two answers each, by enumeration.
+"""The policy gradient of PPO-Lagrange and of RePO's two estimators, on two prompts with two answers each.
 
-Nothing is sampled: repo.py's functions see every answer, weighted by its probability, with exact critics unless said
-otherwise, and repo_group.py's functions see every K-tuple of answers. Prints the numbers of docs/rectified_gradient.md
-and docs/repo_group.md, and draws the figure of the former:
+Nothing is sampled. repo.py's functions see every answer, weighted by its probability, and the critics are exact unless
+a line says otherwise. repo_group.py's functions see every K-tuple of answers. Prints the numbers of
+docs/rectified_gradient.md and docs/repo_group.md, and draws the figure of the former:
 
     python benchmark/rectified_gradient.py
 """
@@ -12,18 +12,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import tyro
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import repo  # noqa: E402
 import repo_group  # noqa: E402
+from evaluation.figures import STYLES, plt, save_figure  # noqa: E402
 
 torch.set_default_dtype(torch.float64)
 
@@ -32,9 +28,8 @@ REWARDS = torch.tensor([[1.0, 2.0], [2.0, 3.0]])
 COSTS = torch.tensor([[-5.0, -3.0], [-1.0, 2.0]])
 RISKY, SAFE, UNSAFE = 1, 0, 1
 METHODS = {"ppo_lagrange": "PPO-Lagrange", "cost": "RePO, cost", "advantage": "RePO, advantage"}
-# Okabe and Ito's colours, told apart by colour-blind readers
-COLORS = {"ppo_lagrange": "#0072B2", "cost": "#009E73", "advantage": "#D55E00"}
-SHADES = {1: "#E69F00", 5: "#D55E00", 20: "#CC79A7"}
+LOOKS = {"ppo_lagrange": STYLES["ppo-lagrange"], "cost": STYLES["repo"], "advantage": STYLES["repo-advantage"]}
+SHADES = {1: ("#90CCF0", ":"), 5: ("#56B4E9", "--"), 20: ("#27546E", "-.")}  # λ: RePO, advantage from light to dark
 
 
 @dataclass
@@ -181,7 +176,7 @@ def print_prompt_constraint():
     pairs = torch.tensor(list(itertools.product(range(3), repeat=2)))
     others, _, _ = repo.rectify(costs[pairs].flatten(), 0.0, "prompt", "cost", 2)
     own = costs[pairs] * (costs[pairs].mean(1, keepdim=True) > 0)
-    print(f"\nK = 2, costs {costs.tolist()}, probabilities {probs.tolist()}: what an answer earns on average")
+    print(f"\nK = 2, costs {costs.tolist()}, probabilities {probs.tolist()}: mean negative terminal cost per answer")
     for name, terminal in (("judged by the other", others.view(-1, 2)), ("judged by the mean of both", own)):
         earned = torch.zeros(3).index_add(0, pairs[:, 0], -terminal[:, 0] * probs[pairs[:, 1]])
         print(f"  {name:<28}" + "".join(f"{value:>+8.2f}" for value in earned))
@@ -245,7 +240,7 @@ def print_group(seed, multiplier=5.0):
     print("within prompts by formula, exact + c / (K - 1):", end=" ")
     print(", ".join(f"K = {k}: {exact + extra / (k - 1):.4f}" for k in (3, 4, 5, 8, 16)))
     of_error = (rows["critics off by 1.0"][1] - exact) ** 0.5  # noise grows with the square of the critics' error
-    print("critics whose noise is that of a group are off by:", end=" ")
+    print("critics as noisy as a group are off by:", end=" ")
     print(", ".join(f"K = {k}: {(extra / (k - 1)) ** 0.5 / of_error:.2f}" for k in (2, 4, 8)))
 
     print("λ above which the safe answer to the risky prompt rises, P(safe) = 0.25 (bisection)")
@@ -259,7 +254,7 @@ def print_group(seed, multiplier=5.0):
                 mean, *_ = gradient_and_noise(policy(0.25).softmax(1), tuples, combined)
                 low, high = (low, middle) if mean[RISKY, SAFE] > 0 else (middle, high)
             borders.append(f"K = {k}: {high:.3f}")
-        print(f"  {'--advantage-norm' if norm else 'as it is':<20}{', '.join(borders)}")
+        print(f"  {'--advantage-norm' if norm else 'default':<20}{', '.join(borders)}")
 
 
 def print_runs(args, runs):
@@ -275,61 +270,54 @@ def print_runs(args, runs):
 
 
 def draw(args, runs):
-    plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
-    (above, costs_axis), (push_axis, bias_axis) = axes
+    figure, ((above, costs_axis), (push_axis, bias_axis)) = plt.subplots(2, 2, figsize=(7.5, 6.4))
+    step = max(1, args.steps // 6)
 
-    for (method, start), (safe, costs, *_) in runs.items():
-        color = COLORS[method]
-        above.plot(safe, color=color, ls="-" if start == 0.5 else "--", lw=2)
+    for i, ((method, start), (safe, costs, *_)) in enumerate(runs.items()):
+        color, marker, line = LOOKS[method]
+        # The marks are at other steps of every curve: curves that end together are all seen.
+        style = dict(color=color, ls=line, marker=marker, markevery=(i * step // len(runs), step), ms=5, mew=0.8)
+        above.plot(safe, lw=1.8, label=METHODS[method] if start == 0.1 else None, **style)
         if start == 0.1:
-            costs_axis.plot(costs[:, RISKY], color=color, lw=2)
-            costs_axis.plot(costs.mean(1), color=color, lw=2, ls=":")
-    above.set(title="(a) Does the risky prompt become safe?", xlabel="step", ylabel="P(safe answer | risky prompt)")
-    for method, color in COLORS.items():
-        above.plot([], [], color=color, lw=2, label=METHODS[method])
-    for start, style in ((0.5, "-"), (0.1, "--")):
-        above.plot([], [], color="0.3", ls=style, label=f"starts at {start}")
-    above.legend(loc="center right")
-    for style, label in (("-", "risky prompt"), (":", "average of both prompts")):
-        costs_axis.plot([], [], color="0.3", lw=2, ls=style, label=label)
+            costs_axis.plot(costs[:, RISKY], lw=1.8, **style)
+            costs_axis.plot(costs.mean(1), lw=1, mfc="white", **style)
+    above.set(xlabel="step of gradient ascent", ylabel="probability of the safe answer")
+    above.set_title("(a) The risky prompt, from 0.5 and from 0.1")
+    for width, fill, label in ((1.8, "0.3", "risky prompt"), (1, "white", "mean of both prompts")):
+        costs_axis.plot([], [], color="0.3", lw=width, marker="o", ms=5, mfc=fill, label=label)
     costs_axis.axhline(0, color="0.3", lw=0.8)
-    costs_axis.set(
-        title="(b) Mean cost. Colours of (a), starts at 0.1", xlabel="step", ylabel="mean cost, unsafe above 0"
-    )
-    costs_axis.legend(loc="center right", bbox_to_anchor=(1, 0.66))
+    costs_axis.set(xlabel="step of gradient ascent", ylabel="mean cost (unsafe above 0)")
+    costs_axis.set_title("(b) Cost from 0.1, methods as in (a)")
 
     grid = torch.linspace(0.005, 0.995, 100).tolist()
-    for multiplier, color in SHADES.items():
+    for multiplier, (color, line) in SHADES.items():
         values = [push("advantage", q, multiplier) for q in grid]
-        push_axis.plot(grid, values, color=color, lw=2, label=f"advantage, λ = {multiplier}")
-        border = (1 + multiplier) / multiplier / 4
-        push_axis.plot(border, 0, "o", color=color, ms=7, zorder=3)
-    push_axis.plot(grid, [push("cost", q, 5) for q in grid], color=COLORS["cost"], lw=2, ls="--", label="cost, λ = 5")
+        push_axis.plot(grid, values, color=color, lw=2, ls=line, label=f"RePO, advantage, λ = {multiplier}")
+    cost_style = dict(color=LOOKS["cost"][0], lw=2, label="RePO, cost, λ = 5")
+    push_axis.plot(grid, [push("cost", q, 5) for q in grid], **cost_style)
+    borders = [(1 + multiplier) / multiplier / 4 for multiplier in SHADES]
+    push_axis.plot(borders, [0] * len(borders), ".", color="black", ms=9, label="border by the formula")
     push_axis.axhline(0, color="0.3", lw=0.8)
-    push_axis.set(
-        title="(c) Below its border the safe answer sinks",
-        xlabel="P(safe answer | risky prompt)", ylabel="A(safe) − A(unsafe)",
-    )  # fmt: skip
-    push_axis.legend()
+    push_axis.set(xlabel="probability of the safe answer to the risky prompt", ylabel="A(safe) − A(unsafe)")
+    push_axis.set_ylim(-1.3, 4)
+    push_axis.set_title("(c) Below its border the safe answer sinks")
 
     value_grid = torch.linspace(-1, 2, 13).tolist()
-    for multiplier, color in SHADES.items():
+    for multiplier, (color, line) in SHADES.items():
         base = push("cost", 0.25, multiplier)
         biases = [push("advantage", 0.25, multiplier, torch.tensor([[0, 2.75], [0, v]])) - base for v in value_grid]
-        bias_axis.plot(value_grid, biases, color=color, lw=2, label=f"advantage, λ = {multiplier}")
+        bias_axis.plot(value_grid, biases, color=color, lw=2, ls=line, label=f"RePO, advantage, λ = {multiplier}")
     values = [push("cost", 0.25, 5, torch.tensor([[0, 2.75], [0, v]])) - push("cost", 0.25, 5) for v in value_grid]
-    bias_axis.plot(value_grid, values, color=COLORS["cost"], lw=2, ls="--", label="cost, λ = 5")
-    bias_axis.axvline(1.25, color="0.3", lw=0.8, ls=":")
-    bias_axis.annotate("exact", (1.25, 0.5), ha="center", color="0.3", backgroundcolor="white")
-    bias_axis.set(
-        title="(d) Bias by the cost critic, P(safe) = 0.25",
-        xlabel="$V_c$ of the risky prompt", ylabel="bias of A(safe) − A(unsafe)", ylim=(-3, 0.8),
-    )  # fmt: skip
-    bias_axis.legend(loc="lower left")
+    bias_axis.plot(value_grid, values, **cost_style)
+    bias_axis.axvline(1.25, color="0.3", lw=0.8, ls=":", label="exact value")
+    bias_axis.set(xlabel="cost critic's value of the risky prompt", ylabel="bias of A(safe) − A(unsafe)")
+    bias_axis.set_title("(d) Bias at a probability of 0.25")
+    bias_axis.set_ylim(-3.4, 0.6)
+    places = {above: (1, 0.5), costs_axis: (1, 0.75), push_axis: (0.7, 0.8), bias_axis: (0.7, 0.2)}  # beside the curves
+    for axis, place in places.items():
+        axis.legend(loc="center right", bbox_to_anchor=place, handlelength=4, frameon=False)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=100)
-    Image.open(args.output).convert("RGB").quantize(64).save(args.output, optimize=True)  # a quarter of the size
+    save_figure(figure, args.output)
 
 
 def main() -> None:

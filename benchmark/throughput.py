@@ -374,32 +374,37 @@ def scaling(folder: Path, args: Args, record: dict) -> None:
 
 
 def draw(record: dict, path: Path) -> None:
-    """Seconds of each phase over the tokens of an iteration, beside lines of equal seconds per token."""
+    """Seconds of each phase over the tokens of an iteration, beside a line of equal seconds per token."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    looks = {"rollout": ("#a50026", "o", "-"), "scoring": ("#1b9e77", "s", "--"), "update": ("#4b2e83", "^", "-.")}
+    hollow = dict(markersize=9, markerfacecolor="none", markeredgewidth=1.6)  # none hides another
     runs = {name: run for name, run in record.items() if name.startswith("batch")}
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.9), layout="constrained", sharey=True)
     for axis, what, kept in (
-        (axes[0], "16 episodes of 64 to 512 tokens", "batch 16,"),
-        (axes[1], "16 to 256 episodes of 64 tokens", ", 64 tokens"),
+        (axes[0], "16 responses, texts of 64 to 512 tokens", "batch 16,"),
+        (axes[1], "16 to 256 responses, texts of 64 tokens", ", 64 tokens"),
     ):
         chosen = [run for name, run in runs.items() if kept in name]
-        for phase in PHASES:
-            axis.plot([run["all_tokens"] for run in chosen], [run[phase] for run in chosen], "o-", label=phase)
-        first = chosen[0]
-        ends = [run["all_tokens"] for run in (first, chosen[-1])]
-        axis.plot(ends, [first["update"] * tokens / ends[0] for tokens in ends], "k:", label="in proportion to tokens")
-        axis.set(xscale="log", yscale="log", xlabel="tokens of an iteration", title=what)
-        ticks = [run["all_tokens"] for run in chosen]
-        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        tokens = [run["all_tokens"] for run in chosen]
+        for phase, (color, marker, line) in looks.items():
+            seconds = [run[phase] for run in chosen]
+            axis.plot(tokens, seconds, color=color, marker=marker, linestyle=line, label=phase, **hollow)
+        level = [chosen[0]["update"] * count / tokens[0] for count in tokens]
+        axis.plot(tokens, level, color="grey", linestyle=":", label="update, if in proportion to tokens")
+        axis.set(xscale="log", yscale="log", xlabel="tokens of prompts and responses per iteration", title=what)
+        axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
         axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.margins(x=0.08)
         axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("seconds")
-    axes[0].legend()
+    axes[0].set_ylabel("seconds per iteration")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def toy(folder: Path, args: Args, record: dict) -> None:
