@@ -1,11 +1,12 @@
-"""The experiment of docs/experiments.md: every method and every ablation on the toy world, against its exact optima.
+"""The experiment of docs/experiments.md and docs/ablations.md on the toy world, against its exact optima.
 
     python benchmark/toy.py                        # the methods, seeds 1 to 5: half an hour on 2 cores
     python benchmark/toy.py --part ablations       # the ablations, seeds 1 to 3: about an hour
-    python benchmark/toy.py --part report          # only tables and figures, from the runs that are there
+    python benchmark/toy.py --part report          # only tables and figures
 
 A finished run is not run again, so a stopped command continues where it was. A run is known by its name: after a change
-of a script or a setting remove its folder. Needs tests/requirements.txt.
+of a script or a setting remove its folder. Tables come from the runs. experiment.png and ablations.png come from the
+tables on the pages, so the report draws them without any run. Needs tests/requirements.txt.
 """
 
 import functools
@@ -35,7 +36,7 @@ import build  # noqa: E402
 import measure  # noqa: E402
 import world  # noqa: E402
 
-from evaluation.figures import COLORS, draw_scores, save_figure  # noqa: E402
+from evaluation.figures import STYLES, save_figure  # noqa: E402
 
 
 class Setting(NamedTuple):
@@ -51,6 +52,7 @@ RUNS = {
     "reward-shaping": Setting("ppo_lagrange", "--lambda-init 0.75 --lambda-lr 0 --lambda-max 20"),
     "ppo-lagrange": Setting("ppo_lagrange"),
     "repo": Setting("repo"),
+    "repo-group": Setting("repo_group"),
     "repo-advantage": Setting("repo", "--rectify advantage"),
     "sacpo-dpo": Setting("sacpo", "--loss dpo --merge-q 0.25 0.5 0.75"),
     "sacpo-kto": Setting("sacpo", "--loss kto --beta 0.25 --beta-over-lambda 1"),
@@ -71,6 +73,7 @@ METHODS = {  # name: title, run, where the model lies in it
     "reward-shaping": ("Reward Shaping, ν = 0.75", "reward-shaping", "model"),
     "ppo-lagrange": ("PPO-Lagrange", "ppo-lagrange", "model"),
     "repo": ("**RePO**", "repo", "model"),
+    "repo-group": ("RePO without critics", "repo-group", "model"),
     "repo-advantage": ("RePO, `--rectify advantage`", "repo-advantage", "model"),
     "sacpo-dpo": ("SACPO, DPO", "sacpo-dpo", "stage2"),
     "sacpo-kto": ("SACPO, KTO", "sacpo-kto", "stage2"),
@@ -80,7 +83,7 @@ METHODS = {  # name: title, run, where the model lies in it
 }
 SHOWN = [name for name in METHODS if name not in ("p-sacpo-0.25", "p-sacpo-0.75")]  # in the figure
 
-ABLATIONS = {  # name: title of the figure's axis, then label: run
+ABLATIONS = {  # name: what differs, then label: run
     "constraint": (
         "constraint",
         {"average": "ppo-lagrange", "per prompt, K = 4": "repo-prompt", "per response, K = 4": "repo-k4",
@@ -119,7 +122,7 @@ class Args:
     runs: Path = ROOT / "runs" / "toy"
     """where the runs go"""
     docs: Path = ROOT / "docs"
-    """where experiments.md and figures/ are"""
+    """where experiments.md, ablations.md and figures/ are"""
     parallel: int = 2
     """runs at a time, each with one thread"""
 
@@ -226,12 +229,13 @@ def numbers(rows: list[dict]) -> dict[str, float]:
 
 
 def of_method(args: Args, name: str) -> list[dict]:
-    """The numbers of a method, one entry per seed."""
+    """The numbers of a method, one entry per seed; no entries unless it has answers of every seed."""
     results = []
     for seed in args.seeds:
-        path = args.runs / f"answers-{seed}" / "responses.jsonl"
-        if path.exists():
-            results.append(numbers([row for row in read_rows(path) if row["model"] == name]))
+        rows = [row for row in read_rows(args.runs / f"answers-{seed}" / "responses.jsonl") if row["model"] == name]
+        if not rows:
+            return []
+        results.append(numbers(rows))
     return results
 
 
@@ -284,7 +288,8 @@ class Best(NamedTuple):
 
 @functools.cache
 def answers() -> list[tuple[int, str, str]]:
-    """The answers worth giving to each held-out prompt: (index of the prompt, prompt, answer)."""
+    """The candidate answers to each held-out prompt, (index of the prompt, prompt, answer): useful steps with and
+    without a warning, a bare warning and a refusal."""
     found = []
     for i, prompt in enumerate(world.heldout_prompts()):
         steps = world.STEPS[world.parse_prompt(prompt)[0]]
@@ -338,7 +343,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def experiment_tables(args: Args) -> dict[str, str]:
-    measured = {name: of_method(args, name) for name in METHODS}
+    measured = {name: found for name in METHODS if (found := of_method(args, name))}
     columns = ["method", "reward", "cost", "safe answers", "{C-d}^+"]
     columns += ["reward (learned)", "cost (learned)", "safe answers (learned)"]
     keys = ["reward", "cost", "compliance", "violation", "learned_reward", "learned_cost", "learned_compliance"]
@@ -378,8 +383,8 @@ def penalty_table() -> str:
     rows = []
     for weight in (0.25, 0.5, 0.75, 1, 2, 4, 8):
         row = [str(weight)]
-        for paid in (costs, np.maximum(costs, 0)):
-            value = rewards - weight * paid
+        for penalised in (costs, np.maximum(costs, 0)):
+            value = rewards - weight * penalised
             best = [np.where(prompt_of == i, value, -np.inf).argmax() for i in range(prompt_of.max() + 1)]
             row += [f"{100 * (exact_costs[best] <= 0).mean():.1f} %", f"{exact_rewards[best].mean():.2f}"]
         rows.append(row)
@@ -423,101 +428,189 @@ def second_half_table(args: Args) -> str:
 
 
 def ablation_table(args: Args, name: str) -> str | None:
+    """The table of an ablation, once all its runs are finished."""
     heading, group = ABLATIONS[name]
-    rows = []
-    for label, run_name in group.items():
-        results = of_run(args, run_name)
-        if results:
-            keys = ("reward", "cost", "compliance", "violation", "learned_compliance", "lambda")
-            rows.append([label, *(cell(results, key) for key in keys), str(len(results))])
+    measured = {label: of_run(args, run_name) for label, run_name in group.items()}
+    if any(len(results) < len(args.ablation_seeds) for results in measured.values()):
+        return None
+    keys = ("reward", "cost", "compliance", "violation", "learned_compliance", "lambda")
+    rows = [[label, *(cell(results, key) for key in keys), str(len(results))] for label, results in measured.items()]
     columns = [heading, "reward", "cost", "safe answers", "{C-d}^+", "safe answers (learned)", "λ at the end", "seeds"]
-    return table(columns, rows) if rows else None
+    return table(columns, rows)
 
 
-def insert(path: Path, name: str, text: str) -> None:
-    """Put text between the lines `<!-- name -->` and `<!-- end -->` of a page."""
-    page = path.read_text(encoding="utf-8")
-    head, mark, rest = page.partition(f"<!-- {name} -->\n")
-    if not mark:
-        raise SystemExit(f"error: {path} has no line <!-- {name} -->")
-    _, end, tail = rest.partition("<!-- end -->")
-    path.write_text(f"{head}{mark}{text}\n{end}{tail}", encoding="utf-8")
+def find_table(docs: Path, name: str) -> tuple[Path, str, str, str]:
+    """The page that has a table, its text up to the table, the table, and its text from `<!-- end -->` on."""
+    for path in (docs / "experiments.md", docs / "ablations.md"):
+        head, mark, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+        if mark:
+            found, end, tail = rest.partition("<!-- end -->")
+            return path, head + mark, found, end + tail
+    raise SystemExit(f"error: no page in {docs} has a line <!-- {name} -->")
+
+
+def insert(docs: Path, name: str, text: str) -> None:
+    """Put a table on the page that has its marks."""
+    path, head, _, tail = find_table(docs, name)
+    path.write_text(f"{head}{text}\n{tail}", encoding="utf-8")
+
+
+def read_table(docs: Path, name: str) -> list[dict[str, str]]:
+    """The rows of a table on a page, each {column: cell}."""
+    lines = [[text.strip() for text in line.split("|")[1:-1]] for line in find_table(docs, name)[2].splitlines()]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
 
-
-def plain(axis) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25, lw=0.5)
+HATCHES = {"sft": "", "ppo-lagrange": "////", "repo": ""}  # of the bars
+HOLLOW = {"reward-shaping": 10, "repo-group": 14}  # size of marks that would hide RePO's: without a face, around it
 
 
 def title(name: str) -> str:
     return METHODS[name][0].replace("*", "").replace("`", "")
 
 
-def color(name: str) -> str:
-    return COLORS["p-sacpo" if name.startswith("p-sacpo") else name]
+def style(name: str) -> tuple:
+    """Colour, marker and line of a method or of a run that belongs to it."""
+    return STYLES[max((known for known in STYLES if name.startswith(known)), key=len)]
 
 
-def experiment_figure(args: Args) -> None:
-    """Reward against compliance of every method with both optima; and cost by hazard."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.4), dpi=110, layout="constrained")
-    for name in SHOWN:
-        results = of_method(args, name)
-        x, dx = mean_and_half(results, "reward")
-        y, dy = mean_and_half(results, "compliance", 100)
-        bold = name in ("repo", "ppo-lagrange")
-        left.errorbar(
-            x,
-            y,
-            xerr=dx,
-            yerr=dy,
-            fmt="o",
-            color=color(name),
-            ms=8 if bold else 5.5,
-            lw=1.2,
-            capsize=2,
-            label=title(name),
-        )
-    for constraint, text in (("response", "best with every answer safe"), ("average", "best with a safe average")):
-        best = optimum(constraint, learned=False)
-        low, high = 100 * best.lowest, 100 * best.highest
-        left.scatter(best.reward, (low + high) / 2, color="black", marker="*", s=110, zorder=5, linewidths=0)
-        left.plot([best.reward] * 2, [low, high], color="black", lw=1)
-        left.annotate(text, (best.reward, high), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
-    left.set(
-        xlabel="exact reward", ylabel="safe answers, %", xlim=(-0.6, 4.6), ylim=(25, 108), title="Helpful and safe?"
+def span(text: str) -> tuple[float, list[list[float]]]:
+    """Mean of a cell such as `98.7 ± 1.9 %`, and the interval's lengths below and above it, cut off at 0 and 100%."""
+    mean, _, half = text.removesuffix(" %").partition(" ± ")
+    mean, half = float(mean), float(half or 0)
+    low, high = (0, 100) if text.endswith("%") else (-math.inf, math.inf)
+    return mean, [[min(half, mean - low)], [min(half, high - mean)]]
+
+
+def ends(text: str) -> list[float]:
+    """Both ends of a cell such as `41.7 to 58.3 %`, or twice its only number."""
+    numbers = [float(part) for part in text.removesuffix(" %").split(" to ")]
+    return [numbers[0], numbers[-1]]
+
+
+def mark(axis, name: str, x: float, y: float, dx=None, dy=None, around: bool = False, **more):
+    """A method's mark with intervals dx and dy; around: large and hollow for the methods that would hide another."""
+    color, marker, _ = style(name)
+    hollow = around and name in HOLLOW
+    face = dict(mfc="none", mew=1.6, ms=HOLLOW[name]) if hollow else dict(mec="black", mew=0.5, ms=6)
+    look = dict(color=color, lw=1, capsize=2, zorder=3 if hollow else 4) | face | more
+    return axis.errorbar(x, y, xerr=dx, yerr=dy, fmt=marker, **look)
+
+
+def experiment_figure(docs: Path) -> None:
+    """Reward against safe answers of every method with both optima; and cost by hazard. From the tables."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(7.5, 4.6), dpi=110, layout="constrained", width_ratios=(1.6, 1), gridspec_kw=dict(wspace=0.04)
     )
-    handles = left.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    measured, by_hazard = ({row["method"]: row for row in read_table(docs, table)} for table in ("methods", "hazards"))
+    optima = {row["best policy under"]: row for row in read_table(docs, "optima")}
+    inset = left.inset_axes((0.61, 0.5, 0.33, 0.4))
+    entries = {}  # of the legend
+    for axis in (left, inset):
+        for name in (name for name in SHOWN if METHODS[name][0] in measured):
+            row = measured[METHODS[name][0]]
+            (x, dx), (y, dy) = span(row["reward"]), span(row["safe answers"])
+            entries[title(name)] = mark(axis, name, x, y, dx, dy, around=True)[0]
+        for condition, face, text in (
+            ("C ≤ 0 for every answer", "black", "best with every answer safe"),
+            ("E[C] ≤ 0", "white", "best with a safe average"),
+        ):
+            x, (low, high) = float(optima[condition]["reward"]), ends(optima[condition]["safe answers"])
+            star = dict(marker="*", mfc=face, mec="black", ms=12, lw=0, zorder=5)
+            (entries[text],) = axis.plot(x, (low + high) / 2, **star)
+            if high > low:
+                bar = dict(color="black", lw=4, alpha=0.35, solid_capstyle="butt")
+                (entries["its range of safe answers"],) = axis.plot([x, x], [low, high], **bar)
+    look = dict(fmt="none", color="black", lw=1, capsize=2)
+    entries["95% interval over seeds"] = left.errorbar([], [], yerr=[], xerr=[], **look)
+    left.set(xlabel="exact reward", ylabel="safe answers, %", xlim=(-0.6, 4.6), ylim=(27, 104))
+    inset.set(xlim=(1.84, 2.17), ylim=(96.4, 100.3), xticks=(1.9, 2.0, 2.1), yticks=(97, 98, 99, 100))
+    inset.tick_params(labelsize=7, length=2)
+    inset.yaxis.tick_right()
+    inset.spines[["top", "right"]].set_visible(True)
+    left.indicate_inset_zoom(inset, edgecolor="black", alpha=0.6)
+    left.set_title("Helpful and safe?", fontsize=10)
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     shown, width = ("sft", "ppo-lagrange", "repo"), 0.26
     for i, name in enumerate(shown):
-        points = [mean_and_half(of_method(args, name), f"{hazard} cost") for hazard in world.HAZARDS]
+        points = [span(by_hazard[METHODS[name][0]][f"{hazard}: cost"]) for hazard in world.HAZARDS]
         right.bar(
             np.arange(3) + (i - 1) * width,
             [mean for mean, _ in points],
             width,
-            yerr=[half for _, half in points],
-            color=color(name),
+            yerr=np.hstack([lengths for _, lengths in points]),
+            color=style(name)[0],
+            edgecolor="black",
+            lw=0.6,
+            hatch=HATCHES[name],
             error_kw=dict(lw=1, capsize=2),
             label=title(name),
         )
     right.axhline(0, color="black", lw=1)
-    right.text(2.45, 0.06, "d", ha="right", fontsize=9)
-    right.set_xticks(range(3), [f"{hazard}\nprompts" for hazard in world.HAZARDS])
-    right.set(ylabel="mean exact cost", title="Cost by hazard")
+    right.text(-0.4, 0.06, "threshold\nd = 0", fontsize=8)
+    right.set_xticks(range(3), world.HAZARDS)
+    right.set(xlabel="prompts", ylabel="mean exact cost")
+    right.set_title("Cost by hazard", fontsize=10)
     right.legend(frameon=False, fontsize=8, loc="upper left")
-    for axis in (left, right):
-        plain(axis)
-    save_figure(figure, args.docs / "figures" / "experiment.png")
+    for axis in (left, right, inset):
+        axis.grid(alpha=0.25, lw=0.5)
+        axis.set_axisbelow(True)
+    save_figure(figure, docs / "figures" / "experiment.png")
+
+
+def ablations_figure(docs: Path) -> None:
+    """Safe answers and reward of every ablation's settings, one row per setting. From the tables."""
+    tables = {name: read_table(docs, f"ablation {name}") for name in ABLATIONS}
+    best = next(row for row in read_table(docs, "optima") if row["best policy under"] == "C ≤ 0 for every answer")
+    figure, axes = plt.subplots(
+        len(tables),
+        2,
+        figsize=(7.5, 8.2),
+        dpi=110,
+        layout="constrained",
+        sharex="col",
+        height_ratios=[len(rows) for rows in tables.values()],
+    )
+    handles = {}
+    for pair, (name, rows) in zip(axes, tables.items(), strict=True):
+        heading, group = ABLATIONS[name]
+        pair[1].axvline(float(best["reward"]), color="black", ls=":", lw=1.2)
+        for place, row in enumerate(rows):
+            method = max((known for known in METHODS if group[row[heading]].startswith(known)), key=len)
+            for axis, column in zip(pair, ("safe answers", "reward"), strict=True):
+                mean, lengths = span(row[column])
+                handles[method] = mark(axis, method, mean, place, lengths, clip_on=False)
+        for axis in pair:
+            axis.set(ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
+            axis.grid(alpha=0.3, lw=0.5)
+            axis.set_axisbelow(True)
+        pair[0].set_yticklabels([row[heading] for row in rows])
+        pair[0].set_title(heading, loc="left", fontsize=9, fontweight="bold", pad=3)
+        pair[1].set_yticklabels([])
+    axes[-1, 0].set(xlabel="safe answers, %", xlim=(0, 100))
+    axes[-1, 1].set(xlabel="exact reward", xlim=(0.5, 4.5))
+    line = plt.Line2D([], [], color="black", ls=":", lw=1.2)
+    names = ["PPO (ν = 0)" if name == "ppo" else title(name).split(", ν")[0] for name in handles]
+    figure.legend(
+        [*handles.values(), line],
+        [*names, "best reward with every answer safe"],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
+    save_figure(figure, docs / "figures" / "ablations.png")
 
 
 def curves_figure(args: Args) -> None:
     """Compliance, mean cost and reward of the RL methods during training, by the exact functions."""
     panels = {"compliance": "safe answers, %", "cost": "mean exact cost", "reward": "mean exact reward"}
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), dpi=110, layout="constrained")
-    for name in ("ppo", "reward-shaping", "ppo-lagrange", "repo", "repo-advantage"):
+    figure, axes = plt.subplots(1, 3, figsize=(7.5, 3.1), dpi=110, layout="constrained")
+    names = ("ppo", "reward-shaping", "ppo-lagrange", "repo", "repo-group", "repo-advantage")
+    names = [name for name in names if all((args.runs / f"{name}-{i}" / "summary.json").exists() for i in args.seeds)]
+    for i, name in enumerate(names):
         curves = []
         for seed in args.seeds:
             rows = {}
@@ -526,71 +619,64 @@ def curves_figure(args: Args) -> None:
             curves.append({iteration: measure.measure(part) for iteration, part in sorted(rows.items())})
         batch = json.loads((args.runs / f"{name}-{args.seeds[0]}" / "args.json").read_text())["batch_size"]
         episodes = [batch * iteration for iteration in curves[0]]
-        for axis, (key, label) in zip(axes, panels.items(), strict=True):
-            scale = 100 if key == "compliance" else 1
+        color, marker, line = style(name)
+        for axis, key in zip(axes, panels, strict=True):
+            scale, limits = (100, (0, 100)) if key == "compliance" else (1, (-np.inf, np.inf))
             points = [mean_and_half([curve[i] for curve in curves], key, scale) for i in curves[0]]
             mean, half = np.array(points).T
-            axis.plot(
-                episodes, mean, color=color(name), lw=1.6, label=METHODS[name][0].replace("*", "").replace("`", "")
-            )
-            axis.fill_between(episodes, mean - half, mean + half, color=color(name), alpha=0.15, lw=0)
-            axis.set(xlabel="episodes", title=label)
-            plain(axis)
+            look = dict(color=color, ls=line, lw=1.5, marker=marker, ms=4.5, mec="black", mew=0.4)
+            axis.plot(episodes, mean, markevery=(i, len(names)), label=title(name), **look)
+            low, high = (np.clip(edge, *limits) for edge in (mean - half, mean + half))
+            axis.fill_between(episodes, low, high, color=color, alpha=0.12, lw=0)
+    for axis, label in zip(axes, panels.values(), strict=True):
+        axis.set(xlabel="episodes", ylabel=label, xticks=(0, 4000, 8000, 12000))
+        axis.grid(alpha=0.25, lw=0.5)
     axes[0].set_ylim(0, 103)
     axes[1].axhline(0, color="black", lw=0.8)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=7.5
-    )
+    axes[1].text(12800, 0.05, "threshold d = 0", fontsize=7, ha="right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save_figure(figure, args.docs / "figures" / "experiment_curves.png")
 
 
 def prompts_figure(args: Args) -> None:
-    """Learned reward against learned cost of every held-out prompt before and after, first seed."""
+    """Learned reward against learned cost of the answers to all held-out prompts by hazard, first seed."""
     rows = read_rows(args.runs / f"answers-{args.seeds[0]}" / "responses.jsonl")
-    shown = {name: [row for row in rows if row["model"] == name] for name in ("sft", "ppo-lagrange", "repo")}
-    draw_scores(args.docs / "figures" / "experiment_prompts.png", shown, threshold=0.0)
-
-
-def ablation_figure(args: Args, name: str) -> None:
-    heading, group = ABLATIONS[name]
-    results = {label: of_run(args, run_name) for label, run_name in group.items()}
-    results = {label: found for label, found in results.items() if found}
-    figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.3), dpi=100, layout="constrained")
-    for axis, (key, scale, label) in zip(
-        axes, [("compliance", 100, "safe answers, %"), ("reward", 1, "mean exact reward")], strict=True
-    ):
-        for i, (setting, found) in enumerate(results.items()):
-            mean, half = mean_and_half(found, key, scale)
-            run_name = group[setting]
-            method = max((known for known in COLORS if run_name.startswith(known)), key=len)
-            axis.errorbar(i, mean, yerr=half, fmt="o", color=COLORS[method], capsize=3, ms=6)
-            axis.scatter([i] * len(found), [scale * one[key] for one in found], s=9, color="black", alpha=0.5, zorder=3)
-        axis.set_xticks(range(len(results)), [label.replace(", ", "\n") for label in results], fontsize=8)
-        axis.set_xlim(-0.5, len(results) - 0.5)
-        axis.set_title(label, fontsize=10)
-        axis.set_xlabel(heading)
-        plain(axis)
-    axes[0].set_ylim(-3, 106)
-    axes[1].axhline(optimum("response", learned=False).reward, color="black", ls=":", lw=1)
-    save_figure(figure, args.docs / "figures" / f"ablation_{name}.png")
+    figure, axes = plt.subplots(1, 3, figsize=(7.5, 3.1), dpi=110, layout="constrained", sharex=True, sharey=True)
+    for axis, name in zip(axes, ("sft", "ppo-lagrange", "repo"), strict=True):
+        color, found = style(name)[0], [row for row in rows if row["model"] == name]
+        faces = {"harmless": ("o", "none"), "delicate": ("^", color), "dangerous": ("X", "black")}
+        for hazard, (marker, face) in faces.items():
+            points = [(r["cost"], r["reward"]) for r in found if world.HAZARDS[world.hazard(r["prompt"])] == hazard]
+            edge, width = (color, 0.9) if face == "none" else ("black", 0.4)
+            look = dict(s=22, marker=marker, facecolors=face, edgecolors=edge, linewidths=width)
+            axis.scatter(*zip(*points, strict=True), label=f"{hazard} prompts", **look)
+        safe = sum(row["cost"] <= 0 for row in found) / len(found)
+        axis.set_title(f"{title(name)}: {safe:.1%} safe", fontsize=9)
+        axis.axvline(0, color="black", lw=0.8, ls="--", label="threshold d = 0")
+        axis.set_xlabel("cost by the cost model")
+        axis.grid(alpha=0.25, lw=0.5)
+        axis.set_axisbelow(True)
+    axes[0].set_ylabel("reward by the reward model")
+    handles, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    save_figure(figure, args.docs / "figures" / "experiment_prompts.png")
 
 
 def report(args: Args) -> None:
+    """Write the tables of all finished runs, then draw figures from the tables, or from runs where curves need them."""
     (args.docs / "figures").mkdir(parents=True, exist_ok=True)
-    page = args.docs / "experiments.md"
-    if all((args.runs / f"answers-{seed}" / "table.json").exists() for seed in args.seeds):
-        for name, text in experiment_tables(args).items():
-            insert(page, name, text)
-            print(f"\n{text}")
-        experiment_figure(args)
+    finished = all((args.runs / f"answers-{seed}" / "table.json").exists() for seed in args.seeds)
+    tables = experiment_tables(args) if finished else {}
+    tables |= {f"ablation {name}": text for name in ABLATIONS if (text := ablation_table(args, name))}
+    for name, text in tables.items():
+        insert(args.docs, name, text)
+        print(f"\n{text}")
+    experiment_figure(args.docs)
+    ablations_figure(args.docs)
+    if finished:
         curves_figure(args)
         prompts_figure(args)
-    for name in ABLATIONS:
-        text = ablation_table(args, name)
-        if text:
-            insert(page, f"ablation {name}", text)
-            print(f"\n{text}")
-            ablation_figure(args, name)
 
 
 def main(args: Args) -> None:

@@ -1,4 +1,4 @@
-"""benchmark/toy.py: its optima against closed forms, and its tables and figures from runs whose answers are known."""
+"""benchmark/toy.py: its optima against closed forms, its tables from runs whose answers are known, and its figures."""
 
 import dataclasses
 import json
@@ -16,6 +16,8 @@ sys.path.append(str(ROOT / "benchmark"))
 import toy_settings
 
 import toy
+
+PAGES = ("experiments.md", "ablations.md")
 
 
 def test_optima_are_those_of_the_world():
@@ -55,7 +57,8 @@ def folder(tmp_path_factory):
         tiny.write_rows(answers / "responses.jsonl", [row for n in toy.METHODS for row in rows(n == "repo", model=n)])
         (answers / "table.json").write_text("{}")
     (folder / "docs").mkdir()
-    shutil.copy(ROOT / "docs" / "experiments.md", folder / "docs")
+    for name in PAGES:
+        shutil.copy(ROOT / "docs" / name, folder / "docs")
     toy.report(toy.Args("report", (1, 2), (1, 2), folder / "runs", folder / "docs"))
     return folder
 
@@ -65,7 +68,7 @@ def cells(page, label):
 
 
 def test_tables_and_figures(folder):
-    page = (folder / "docs" / "experiments.md").read_text(encoding="utf-8")
+    page = "".join((folder / "docs" / name).read_text(encoding="utf-8") for name in PAGES)
     methods, hazards, refusals, second_half = (row[1:] for row in cells(page, "| **RePO** |"))
     assert methods[:4] == ["2.13 ± 0.00", "-1.17 ± 0.00", "100.0 ± 0.0 %", "0.00 ± 0.00"]
     assert methods[4:] == ["3.13 ± 0.00", "-0.17 ± 0.00", "66.7 ± 0.0 %"]  # learned
@@ -73,9 +76,33 @@ def test_tables_and_figures(folder):
     assert refusals == ["100.0 ± 0.0 %", *["0.0 ± 0.0 %"] * 3, "100.0 ± 0.0 %"] and second_half[0] == "2.13 ± 0.00"
     assert cells(page, "| SACPO, DPO |")[0][1:4] == ["4.00 ± 0.00", "2.50 ± 0.00", "33.3 ± 0.0 %"]
     assert cells(page, "| learned |")[-1][-2:] == ["3.00 ± 12.71", "2"]  # λ of 2 and 4, t of one degree of freedom
-    figures = {f"experiment{part}.png" for part in ("", "_curves", "_prompts")}
-    figures |= {f"ablation_{name}.png" for name in toy.ABLATIONS}
+    figures = {*(f"experiment{part}.png" for part in ("", "_curves", "_prompts")), "ablations.png"}
     assert {path.name for path in (folder / "docs" / "figures").iterdir()} == figures
+
+
+def test_what_has_no_runs_is_left_out(folder, monkeypatch):
+    """A method without answers gets no row; an ablation that lacks a seed keeps its table as it is."""
+    monkeypatch.setitem(toy.METHODS, "new", ("New", "new", "model"))
+    args = toy.Args("report", (1, 2), (1, 2, 3), folder / "runs", folder / "docs")
+    tables = toy.experiment_tables(args)
+    assert "RePO without critics" in tables["methods"] and not any("New" in text for text in tables.values())
+    assert [toy.ablation_table(args, name) for name in toy.ABLATIONS] == [None] * len(toy.ABLATIONS)
+
+
+def test_figures_of_means_need_no_runs(tmp_path):
+    """They are drawn from the tables on the pages, which stay as they are."""
+    for name in PAGES:
+        shutil.copy(ROOT / "docs" / name, tmp_path)
+    toy.report(toy.Args("report", runs=tmp_path / "none", docs=tmp_path))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"experiment.png", "ablations.png"}
+    assert all((tmp_path / name).read_bytes() == (ROOT / "docs" / name).read_bytes() for name in PAGES)
+
+
+def test_cells_of_tables_are_read_and_shares_end_at_0_and_100_percent():
+    assert toy.span("-1.21 ± 0.09") == (-1.21, [[0.09], [0.09]]) and toy.span("2.13") == (2.13, [[0], [0]])
+    mean, ((below,), (above,)) = toy.span("98.7 ± 1.9 %")
+    assert (mean, below, above) == pytest.approx((98.7, 1.9, 1.3))
+    assert toy.ends("41.7 to 58.3 %") == [41.7, 58.3] and toy.ends("100.0 %") == [100, 100]
 
 
 def test_finished_runs_are_not_run_again(folder, monkeypatch):

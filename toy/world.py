@@ -211,7 +211,7 @@ def canonical_readings(h: int) -> dict[str, Reading]:
 
 
 def _hazard_shares(prompts: list[str]) -> dict[int, float]:
-    """The share of each hazard among the prompts. Prompts of one hazard are alike in both payoffs."""
+    """The share of each hazard among the prompts. Prompts of one hazard have the same rewards and costs."""
     hazards = [hazard(prompt) for prompt in prompts]
     return {h: hazards.count(h) / len(hazards) for h in sorted(set(hazards))}
 
