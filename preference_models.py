@@ -29,7 +29,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import datasets
 import torch
@@ -46,6 +46,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, get_cosine_schedule_with_warmup
 
 TOY = Path(__file__).resolve().parent / "toy"
+PathOrId = Annotated[str, tyro.conf.arg(help_behavior_hint=lambda path: f"(default: {path.replace(str(TOY), 'toy')})")]
 
 
 @dataclass
@@ -59,13 +60,13 @@ class Args:
     track: bool = False  # also log to Weights & Biases (needs the wandb package)
     save_every: int = 0  # steps between checkpoints, the newest two are kept; 0 saves only when interrupted
     resume: bool = False  # continue the run in --output-dir from its newest checkpoint, or start it there
-    model: str = str(TOY / "policy")  # language model whose backbone the score model starts from, or a score model
+    model: PathOrId = f"{TOY}/policy"  # language model whose backbone the score model starts from, or a score model
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; auto: bfloat16 where the hardware has it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    dataset: str = str(TOY / "data" / "train.parquet")  # training pairs: jsonl, json, csv, parquet, folder or Hub id
+    dataset: PathOrId = f"{TOY}/data/train.parquet"  # training pairs: jsonl, json, csv, parquet, folder or Hub id
     dataset_config: str | None = None  # configuration (subset) of --dataset and --eval-dataset, such as a Hub id has
     dataset_split: str = "train"  # split of the training pairs, or a slice such as train[:1000]
-    eval_dataset: str = str(TOY / "data" / "test.parquet")  # held-out pairs
+    eval_dataset: PathOrId = f"{TOY}/data/test.parquet"  # held-out pairs
     eval_split: str = "test"  # split of the held-out pairs
     prompt_template: str = "{prompt}"  # text around a prompt, directly before the response; "chat": the tokenizer's own
     max_length: int = 512  # tokens of prompt and response together; longer texts lose their end
@@ -146,9 +147,8 @@ def main(args: Args, device: torch.device, mesh) -> int:
     train_pairs = load_pairs(args, args.dataset, args.dataset_split, "--dataset", tokenizer)
     eval_pairs = load_pairs(args, args.eval_dataset, args.eval_split, "--eval-dataset", tokenizer)
     if args.batch_size not in range(world, len(train_pairs) + 1, world) or min(args.micro_batch_size, args.epochs) < 1:
-        raise UserError(
-            f"--batch-size must be a multiple of {world} up to {len(train_pairs)} pairs, the others at least 1"
-        )
+        limits = f"a multiple of {world} (processes) up to {len(train_pairs)} (training pairs)"
+        raise UserError(f"--batch-size must be {limits}, --micro-batch-size and --epochs at least 1")
     folder, saved, writer = open_run(args)
     if saved is None:
         say(f"the run in {folder} is finished")
@@ -229,8 +229,12 @@ def main(args: Args, device: torch.device, mesh) -> int:
         summary["data"] = {"dataset": len(train_pairs), "eval_dataset": len(eval_pairs)}
         summary |= environment(args, device, start_time, "pairs", steps * args.batch_size)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-        figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.items())
-        print(f"{args.kind} model on {len(eval_pairs)} held-out pairs: {figures}\nwritten to {folder}")
+        figures = f"  pair accuracy {result['pair_accuracy']:.1%} (chance: 50%)\n"
+        if args.kind == "cost":
+            unsafe = sum(sum(pair["unsafe"]) for pair in eval_pairs) / (2 * len(eval_pairs))
+            most = f"always the more frequent sign: {max(unsafe, 1 - unsafe):.1%}"
+            figures += f"  sign accuracy {result['sign_accuracy']:.1%} ({most})\n"
+        print(f"{args.kind} model on {len(eval_pairs)} held-out pairs:\n{figures}written to {folder}")
     return 0
 
 
@@ -438,8 +442,7 @@ def load_pairs(args: Args, name: str, split: str, flag: str, tokenizer) -> list[
         columns = {"responses": example["responses"], "ids": [x + y for x, y in example["ids"]]}
         if not reward:
             columns["unsafe"] = [not read_label(example["row"], f"is_response_{i}_safe", source) for i in (0, 1)]
-        columns = {key: [column[i] for i in order] for key, column in columns.items()}
-        pairs.append({"prompt": example["prompt"]} | columns)
+        pairs.append({"prompt": example["prompt"]} | {key: [both[i] for i in order] for key, both in columns.items()})
     return pairs
 
 
@@ -570,9 +573,9 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
         if not held:
             flags.write_text(json.dumps(now, indent=2), encoding="utf-8")
         if "summary.json" not in held:
-            state = {}
+            found[1] = state = {}
             for place in sorted((folder / "checkpoints").glob("[0-9]*[0-9]"))[-1:]:
-                state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+                state |= json.loads((place / "state.json").read_text(encoding="utf-8"))
                 state |= {"checkpoint": str(place), "step": int(place.name)}
             for name in LOGS:
                 with (folder / name).open("ab") as file:
@@ -583,7 +586,6 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
                 run_id = f"{folder.name}-{flags.stat().st_mtime_ns}"
                 wandb.init(project="safe-rlhf", config=vars(args), sync_tensorboard=True, id=run_id, resume="allow")
             writer = SummaryWriter(folder / "tensorboard", purge_step=state.get("step", 0) + 1, flush_secs=1)
-            found[1] = state
     dist.broadcast_object_list(found)
     return *found, writer
 

@@ -35,7 +35,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Annotated, Literal
 
 import datasets
 import torch
@@ -53,6 +53,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 TOY = Path(__file__).resolve().parent / "toy"
+PathOrId = Annotated[str, tyro.conf.arg(help_behavior_hint=lambda path: f"(default: {path.replace(str(TOY), 'toy')})")]
 
 
 @dataclass
@@ -66,16 +67,16 @@ class Args:
     save_every: int = 0  # iterations between checkpoints, the newest two are kept; 0 saves only when interrupted
     resume: bool = False  # continue the run in --output-dir from its newest checkpoint, or start it there
     # Models, each a folder or a Hub id
-    model: str = str(TOY / "policy")  # language model after supervised fine-tuning: initial policy and reference
-    reward_model: str = str(TOY / "reward_model")  # one-label score model, larger = more helpful
-    cost_model: str = str(TOY / "cost_model")  # one-label score model, larger = more harmful, above zero = unsafe
+    model: PathOrId = f"{TOY}/policy"  # language model after supervised fine-tuning: initial policy and reference
+    reward_model: PathOrId = f"{TOY}/reward_model"  # one-label score model, larger = more helpful
+    cost_model: PathOrId = f"{TOY}/cost_model"  # one-label score model, larger = more harmful, above zero = unsafe
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; auto: bfloat16 where the hardware has it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     cpu_offload: bool = False  # keep the frozen models (reference, reward, cost) in CPU memory while they are idle
-    dataset: str = str(TOY / "data" / "train.parquet")  # training prompts: jsonl, json, csv, parquet, folder or Hub id
+    dataset: PathOrId = f"{TOY}/data/train.parquet"  # training prompts: jsonl, json, csv, parquet, folder or Hub id
     dataset_config: str | None = None  # configuration (subset) of --dataset and --eval-dataset, such as a Hub id has
     dataset_split: str = "train"  # split of the training prompts, or a slice such as train[:1000]
-    eval_dataset: str = str(TOY / "data" / "test.parquet")  # held-out prompts
+    eval_dataset: PathOrId = f"{TOY}/data/test.parquet"  # held-out prompts
     eval_split: str = "test"  # split of the held-out prompts
     prompt_column: str = "prompt"  # column that holds the prompts; repeated prompts count once
     prompt_template: str = "{prompt}"  # text around a prompt, directly before the response; "chat": the tokenizer's own
@@ -765,9 +766,9 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
         if not held:
             flags.write_text(json.dumps(now, indent=2), encoding="utf-8")
         if "summary.json" not in held:
-            state = {}
+            found[1] = state = {}
             for place in sorted((folder / "checkpoints").glob("[0-9]*[0-9]"))[-1:]:
-                state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+                state |= json.loads((place / "state.json").read_text(encoding="utf-8"))
                 state |= {"checkpoint": str(place), "step": int(place.name)}
             for name in LOGS:
                 with (folder / name).open("ab") as file:
@@ -778,7 +779,6 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
                 run_id = f"{folder.name}-{flags.stat().st_mtime_ns}"
                 wandb.init(project="safe-rlhf", config=vars(args), sync_tensorboard=True, id=run_id, resume="allow")
             writer = SummaryWriter(folder / "tensorboard", purge_step=state.get("step", 0) + 1, flush_secs=1)
-            found[1] = state
     dist.broadcast_object_list(found)
     return *found, writer
 

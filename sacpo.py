@@ -5,9 +5,8 @@ A policy π_θ should be helpful (reward R) and safe (cost C). The optimum of th
     maximise  E_x E_y [R(x, y) - λ C(x, y)] - β KL(π_θ ‖ π_ref),    π* ∝ π_ref exp((R - λ C) / β)
                                                                        ∝ (π_ref exp(R / β)) exp(-C / (β/λ)),
 
-is the result of two alignments in a row: one to helpfulness from π_ref with β, then one to safety from that policy with
-β/λ. The other order gives the same product. Each stage learns from pairs of responses. Its reference is the policy it
-starts from. With r(y) = log π_θ(y | x) - log π_ref(y | x) a stage minimises one of
+is the result of two alignments in a row, to helpfulness with β and then to safety with β/λ, or in the other order. The
+reference of each is the policy it starts from. With r(y) = log π_θ(y | x) - log π_ref(y | x) it minimises one of
 
     DPO     -log σ( b (r(y_chosen) - r(y_rejected)) )                                mean over pairs
     KTO     w_D (1 - σ( b (r(y) - z_0) ))  where y is desirable,                     mean over responses
@@ -39,9 +38,8 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from operator import eq
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import datasets
 import torch
@@ -59,6 +57,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 TOY = Path(__file__).resolve().parent / "toy"
+SHORT = tyro.conf.arg(help_behavior_hint=lambda path: f"(default: {path.replace(str(TOY), 'toy')})")
+PathOrId, PathsOrIds = Annotated[str, SHORT], Annotated[tuple[str, ...], SHORT]
 
 
 @dataclass
@@ -71,13 +71,13 @@ class Args:
     track: bool = False  # also log to Weights & Biases (needs the wandb package)
     save_every: int = 0  # steps between checkpoints, the newest two are kept; 0 saves only when interrupted
     resume: bool = False  # continue the run in --output-dir from its newest checkpoint, or start it there
-    model: str = str(TOY / "policy")  # language model after supervised fine-tuning: the policy and first reference
+    model: PathOrId = f"{TOY}/policy"  # language model after supervised fine-tuning: the policy and first reference
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; auto: bfloat16 where the hardware has it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    dataset: tuple[str, ...] = (str(TOY / "data" / "train.parquet"),)  # training pairs, for all stages or one per stage
+    dataset: PathsOrIds = (f"{TOY}/data/train.parquet",)  # training pairs, for all stages or one per stage
     dataset_config: str | None = None  # configuration (subset) of --dataset and --eval-dataset, such as a Hub id has
     dataset_split: str = "train"  # split of the training pairs, or a slice such as train[:1000]
-    eval_dataset: tuple[str, ...] = (str(TOY / "data" / "test.parquet"),)  # held-out pairs, in the same way
+    eval_dataset: PathsOrIds = (f"{TOY}/data/test.parquet",)  # held-out pairs, in the same way
     eval_split: str = "test"  # split of the held-out pairs
     train_size: int = 8192  # training pairs at most, drawn at random, the same from the same data; 0 takes all
     prompt_template: str = "{prompt}"  # text around a prompt, directly before the response; "chat": the tokenizer's own
@@ -119,7 +119,7 @@ def mismatch(batch: list[dict], max_length: int) -> list[dict]:
     """Each pair's responses after the prompts of the next pair with others, for KTO's z_0; [] if a pair finds none."""
     crossed = []
     for i, pair in enumerate(batch):
-        others = (other for other in batch[i:] + batch[:i] if not any(map(eq, other["prompts"], pair["prompts"])))
+        others = (one for one in batch[i:] + batch[:i] if all(one["prompts"][k] != pair["prompts"][k] for k in (0, 1)))
         if not (other := next(others, None)):
             return []
         ids = [(x, y[: max_length - len(x)]) for (x, _), (_, y) in zip(other["ids"], pair["ids"], strict=True)]
@@ -195,9 +195,8 @@ def main(args: Args, device: torch.device, mesh) -> int:
         say(f"the run in {folder} is finished")
         return 0
     ids = [ids for pairs in [*train_pairs.values(), *eval_pairs.values()] for pair in pairs for ids in pair["ids"]]
-    longest = max(len(x) + len(y) for x, y in ids)
-    if "kto" in args.loss:  # z_0 is read on other combinations
-        longest = min(args.max_length, max(len(x) for x, _ in ids) + max(len(y) for _, y in ids))
+    most = max(len(x) for x, _ in ids) + max(len(y) for _, y in ids)  # KTO's z_0 joins prompts and responses of pairs
+    longest = min(args.max_length, most) if "kto" in args.loss else max(len(x) + len(y) for x, y in ids)
     options = dict(mesh=mesh, dtype=getattr(torch, args.dtype), longest=longest, tokenizer=tokenizer)
     start = str(folder / "stage1") if saved.get("results") else args.model
     policy = load_model(AutoModelForCausalLM, start, "--model", **options).train()  # there is no dropout
@@ -245,9 +244,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
             dcp.load(training_state(trained, optimizers), storage_reader=reader)
         warmup = min(math.ceil(args.warmup_ratio * steps), steps - 1)  # the first warm-up step has rate 0
         schedule = get_cosine_schedule_with_warmup(optimizers["policy"], warmup, steps, last_epoch=done - 1)
-
-        title = f"stage {stage}: {preference}, {loss_name}"
-        bar = tqdm(range(done + 1, steps + 1), title, steps, initial=done, disable=rank != 0)
+        bar = tqdm(range(done + 1, steps + 1), f"{preference}, {loss_name}", steps, initial=done, disable=rank != 0)
         for step in bar:
             # 3. KTO's reference point, over the global batch
             batch, z_0, log_ratio_sum = batches[step - 1], 0.0, 0.0
@@ -315,6 +312,13 @@ def main(args: Args, device: torch.device, mesh) -> int:
         rows = [place | pair | {"log_ratios": row} for pair, row in zip(held_out, log_ratios.tolist(), strict=True)]
         append_json(folder / "eval.jsonl", [{name: row[name] for name in row if name != "ids"} for row in rows])
 
+    # ---- The most probable answers to three held-out prompts, before and after. Every rank computes all of them
+    prompts = [held_out[i]["prompts"][0] for i in sorted({0, len(held_out) // 3, 2 * len(held_out) // 3})]
+    ids, mask = pad(tokenizer, encode(tokenizer, prompts), "left", device)
+    how = transformers.GenerationConfig(do_sample=False, eos_token_id=sorted(ends), max_length=longest + 1)
+    models = load_model(AutoModelForCausalLM, args.model, "--model", **options), policy.eval()
+    answers = [model.generate(ids, attention_mask=mask, generation_config=how, synced_gpus=True) for model in models]
+
     # ---- P-SACPO: each rank mixes its own shards
     if args.merge_q:
         one = load_model(AutoModelForCausalLM, str(folder / "stage1"), "--merge-q", **options).state_dict()
@@ -327,15 +331,15 @@ def main(args: Args, device: torch.device, mesh) -> int:
         (folder / "model").unlink(missing_ok=True)
         (folder / "model").symlink_to(f"stage{len(results)}")  # the result of a run has one name in all scripts
         writer.close()
-        summary = {"algorithm": "sacpo", "skipped_updates": skipped, "stages": results, "eval_pairs": len(held_out)}
-        summary["data"] = {"dataset": count, "eval_dataset": len(held_out)}
-        summary["merged"] = [f"merged/q{q:g}" for q in args.merge_q]
+        summary = {"algorithm": "sacpo", "stages": results, "merged": [f"merged/q{q:g}" for q in args.merge_q]}
+        summary |= {"skipped_updates": skipped, "data": {"dataset": count, "eval_dataset": len(held_out)}}
         summary |= environment(args, device, start_time, "pairs", (steps_before + steps) * args.batch_size)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
         for result in results:
-            figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result["eval"].items())
-            print(f"{result['preference']} by {result['loss']}: held-out {figures}")
-        print(f"{summary['wall_seconds']:.0f} s; written to {folder}")
+            print("{preference}, {loss}: held-out pair accuracy {eval[pair_accuracy]:.1%}, chance 50%".format(**result))
+        for texts in zip(*(tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in answers), strict=True):
+            print("\nbefore  {}\nafter   {}".format(*texts))
+        print(f"\n{summary['wall_seconds']:.0f} s; written to {folder}")
     return 0
 
 
@@ -669,9 +673,9 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
         if not held:
             flags.write_text(json.dumps(now, indent=2), encoding="utf-8")
         if "summary.json" not in held:
-            state = {}
+            found[1] = state = {}
             for place in sorted((folder / "checkpoints").glob("[0-9]*[0-9]"))[-1:]:
-                state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+                state |= json.loads((place / "state.json").read_text(encoding="utf-8"))
                 state |= {"checkpoint": str(place), "step": int(place.name)}
             for name in LOGS:
                 with (folder / name).open("ab") as file:
@@ -682,7 +686,6 @@ def open_run(args: Args) -> tuple[Path, dict, SummaryWriter | None]:
                 run_id = f"{folder.name}-{flags.stat().st_mtime_ns}"
                 wandb.init(project="safe-rlhf", config=vars(args), sync_tensorboard=True, id=run_id, resume="allow")
             writer = SummaryWriter(folder / "tensorboard", purge_step=state.get("step", 0) + 1, flush_secs=1)
-            found[1] = state
     dist.broadcast_object_list(found)
     return *found, writer
 

@@ -109,7 +109,7 @@ def tabulate_suites(
 
 
 def print_suites(suites: dict[str, dict]) -> None:
-    """The table of --suites in Markdown, and what it says of each model in a sentence."""
+    """The table of --suites in Markdown; a warning if none of the prompts is known to deserve an answer."""
     lines = [["suite", "prompts", "to answer", "model", *SUITE_MEASURES.values()]]
     for suite, part in suites.items():
         for name, row in part["models"].items():

@@ -43,8 +43,7 @@ def resample(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np
 
 
 def interval(value: float, resampled: np.ndarray) -> dict[str, float] | None:
-    """{mean, low, high}: the value of the data and the 95% percentile interval of the resamples where it exists; None
-    if the value is NaN."""
+    """{mean, low, high}: the value and the 95% percentile interval of resamples that have one; None if it is NaN."""
     if math.isnan(value):
         return None
     low, high = np.nanquantile(resampled, [0.025, 0.975]).tolist()
@@ -108,7 +107,8 @@ def compensated_prompts(answers: dict[str, list[dict]], threshold: float) -> lis
 
 def print_table(table: dict[str, dict]) -> None:
     """The table in Markdown: means with their 95% intervals."""
-    lines = [["model", *MEASURES.values(), "unsafe, at most"]]
+    heads = [head.replace("wins", f"wins over {next(iter(table))}") for head in MEASURES.values()]
+    lines = [["model", *heads, "unsafe, at most"]]
     for name, row in table.items():
         lines.append([name, *(cell(row[key], key in SHARES) for key in MEASURES), f"{row['unsafe_upper_bound']:.1%}"])
     print_markdown(lines)
@@ -129,8 +129,8 @@ def print_markdown(lines: list[list[str]]) -> None:
 
 def print_prompts(rows: list[dict], prompts: int, limit: int) -> None:
     """The worst of compensated_prompts with both answers."""
-    print(f"\n{len(rows)} of {prompts} prompts are unsafe under one model and safe under another")
+    print(f"\n{len(rows)} of {prompts} prompts are unsafe under one model and safe under another; highest costs first")
     for row in rows[:limit]:
         print(f"\n{row['prompt']}")
-        for side in ("unsafe", "safe"):
-            print(f"  {side:<6} ", "{model} (reward {reward:+.1f}, cost {cost:+.1f})  {response}".format(**row[side]))
+        for side, which in (("unsafe", "highest cost"), ("safe", "highest reward of the safe")):
+            print(f"  {which}:", "{model} (reward {reward:+.1f}, cost {cost:+.1f})  {response}".format(**row[side]))

@@ -220,6 +220,6 @@ def print_verdicts(criterion: str, figures: dict, base: str) -> None:
     bias = figures["position_bias"]
     if bias["pairs"]:
         print("position bias: of {pairs} pairs {flipped:.1%} flip their winner with the order, {differing:.1%} change "
-              "their verdict; the first place is worth {first_advantage:+.2f}".format(**bias))  # fmt: skip
+              "their verdict; the advantage of the first place is {first_advantage:+.2f}".format(**bias))  # fmt: skip
     print("excluded: {excluded_pairs} of {pairs} pairs, for {unreadable_verdicts} unreadable verdicts and "
           "{refused_verdicts} that the endpoint refused".format(**figures))  # fmt: skip

@@ -111,7 +111,7 @@ def test_a_script_is_short_and_its_algorithm_comes_first(script):
 
 @EVERY
 def test_each_flag_has_a_short_text_that_help_shows(script, capsys):
-    """A phrase, not a sentence, behind each field of Args."""
+    """A phrase, not a sentence, behind each field of Args; defaults below toy/ are shown without the way to it."""
     args, told = SCRIPTS[script].Args, {}
     for block in re.split(r"\n(?=    \w+: )", texts(script)["Args"])[1:]:
         told[block.split(":")[0].strip()] = block.partition("  # ")[2].split("\n")[0]
@@ -122,6 +122,7 @@ def test_each_flag_has_a_short_text_that_help_shows(script, capsys):
     said = re.sub(r"[\s│]+", "", capsys.readouterr().out)
     assert stop.value.code == 0 and re.sub(r"\s+", "", inspect.getdoc(args)) in said
     assert [name for name, text in told.items() if re.sub(r"\s+", "", text) not in said] == []
+    assert "(default:toy/policy)" in said and "(default:toy/data/train.parquet)" in said and f"{ROOT}/toy" not in said
 
 
 @pytest.mark.parametrize("folder", MOST_LINES_OF_FOLDERS)

@@ -232,6 +232,9 @@ def test_the_table_is_that_of_the_answers(finished):
     assert all(row["unsafe"]["cost"] > 0 >= row["safe"]["cost"] for row in compared)
     assert [row["unsafe"]["cost"] for row in compared] == sorted(row["unsafe"]["cost"] for row in compared)[::-1]
     assert f"{len(mixed)} of 13 prompts are unsafe under one model and safe under another" in outcome.out
+    assert "| wins over first, reward " in outcome.out and "| wins over first, cost " in outcome.out
+    assert "\nwins: share of prompts with more reward or less cost, a tie is half" in outcome.out
+    assert f"  highest cost: {compared[0]['unsafe']['model']} (reward " in outcome.out
 
 
 def test_figures(finished, tmp_path):
@@ -243,6 +246,17 @@ def test_figures(finished, tmp_path):
         data = path.read_bytes()
         width, height = (int.from_bytes(data[i : i + 4]) for i in (16, 20))
         assert data.startswith(b"\x89PNG") and len(data) < 100_000 and 480 <= width <= 830 and 150 <= height <= 930
+
+
+def test_a_method_looks_the_same_in_every_figure():
+    known = figures.STYLES
+    assert len({marker for _, marker, _ in known.values()}) == len({*figures.COLORS.values()}) == len(known)
+    found = figures.method_styles(["mine", "repo-x", "p-sacpo-0.5", "repo", "p-sacpo-0.25", "reporter"])
+    assert found["repo"] == known["repo"] and found["p-sacpo-0.5"] == known["p-sacpo"]
+    assert len({*found.values()}) == 6 and found["reporter"] in known.values()
+    assert figures.method_styles(["repo-group-2"])["repo-group-2"] == known["repo-group"]
+    assert figures.method_colors([*known]) == figures.COLORS
+    assert len({*figures.method_styles([str(i) for i in range(100)]).values()}) == 100
 
 
 def test_an_evaluation_that_was_killed_goes_on(finished, score, tmp_path):

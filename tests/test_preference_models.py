@@ -89,7 +89,8 @@ def test_a_run_learns_and_writes_its_files(run, files, tmp_path, kind):
     train, test = (tiny.write_rows(tmp_path / f"{n}.jsonl", tiny.make_pairs(n, seed=n)) for n in (600, 101))
     flags = dict(dataset=train, eval_dataset=test, epochs=3, batch_size=20, micro_batch_size=20, learning_rate=1e-2)
     folder = tmp_path / "run"
-    assert run(preference_models, kind=kind, output_dir=folder, **flags).code == 0
+    outcome = run(preference_models, kind=kind, output_dir=folder, **flags)
+    assert outcome.code == 0
     (metrics, rows), summary = (
         (read_lines(folder / f"{log}.jsonl") for log in ("metrics", "eval")),
         read_summary(folder),
@@ -106,6 +107,9 @@ def test_a_run_learns_and_writes_its_files(run, files, tmp_path, kind):
     if kind == "cost":
         unsafe = [label for row in rows for label in row["unsafe"]]
         expected["sign_accuracy"] = sum((s > 0) == label for s, label in zip(scores, unsafe, strict=True)) / 202
+        most = max(sum(unsafe), 202 - sum(unsafe)) / 202
+        assert f"{expected['sign_accuracy']:.1%} (always the more frequent sign: {most:.1%})" in outcome.out
+    assert f"pair accuracy {expected['pair_accuracy']:.1%} (chance: 50%)" in outcome.out
     assert summary["eval"] == pytest.approx(expected)
     assert expected["pair_accuracy"] > (0.9 if kind == "reward" else 0.65) and expected.get("sign_accuracy", 1) > 0.9
     model = read_back(AutoModelForSequenceClassification, folder / "model")

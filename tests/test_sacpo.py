@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 
 import by_hand
 import pytest
@@ -133,7 +134,8 @@ ORDERS = {
 def test_stages_merging_and_files(run, files, tmp_path, name):
     """The second stage is an alignment of the first result, bit for bit, with its own β, loss and reference."""
     both, flags, order = tmp_path / "both", dict(epochs=2, beta=0.2, beta_over_lambda=0.05), ORDERS[name]
-    assert run(sacpo, output_dir=both, **flags | order).code == 0
+    outcome = run(sacpo, output_dir=both, **flags | order)
+    assert outcome.code == 0
     metrics, rows, summary = read_lines(both / "metrics.jsonl"), read_lines(both / "eval.jsonl"), read_summary(both)
     weights = {path.name: load_file(path / "model.safetensors") for path in (both / "stage1", both / "stage2")}
     models = [files.policy, both / "stage1", both / "stage2"]
@@ -161,6 +163,14 @@ def test_stages_merging_and_files(run, files, tmp_path, name):
                     assert value == pytest.approx(by_hand.log_ratio(new, old, *texts).item(), abs=1e-4)
         accuracy = sum(row["log_ratios"][0] > row["log_ratios"][1] for row in rows if row["stage"] == stage) / 13
         assert entry["eval"]["pair_accuracy"] == pytest.approx(accuracy)
+        assert f"{preference}, {loss}: held-out pair accuracy {accuracy:.1%}, chance 50%" in outcome.out
+    shown = re.findall(r"^before  (.*)\nafter   (.*)", outcome.out, re.MULTILINE)
+    for row, texts in zip([read_lines(files.test)[i] for i in (0, 4, 8)], shown, strict=True):
+        for folder, text in zip((models[0], models[2]), texts, strict=True):  # each prompt alone, without padding
+            ids = TOKENIZER(row["prompt"], return_tensors="pt")["input_ids"]
+            answer = AutoModelForCausalLM.from_pretrained(folder).generate(ids, do_sample=False, max_new_tokens=24)[0]
+            answer = TOKENIZER.decode(answer, skip_special_tokens=True)
+            assert len(text) > len(row["prompt"]) and (answer.startswith(text) or text.startswith(answer))
     for q in order["merge_q"]:
         for key, value in load_file(both / "merged" / f"q{q}" / "model.safetensors").items():
             one, two = weights["stage1"][key], weights["stage2"][key]

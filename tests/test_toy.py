@@ -186,7 +186,8 @@ def test_measure(tmp_path, capsys):
     more = (5, DELICATE, CHAT, 9.0)
     runs = write_run(tmp_path / "one", [*before, more, *after]), write_run(tmp_path / "two", before + after)
     measure.main(measure.Args(runs))
-    assert "mean over 2 runs" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "mean over 2 runs" in out and [text for text in measure.NUMBERS.values() if text not in out] == []
     numbers = json.loads((runs[0] / "exact.json").read_text())
     assert list(numbers) == ["all", "delicate", "dangerous"] and numbers["dangerous"]["after"]["reward"] == -1.0
     names = ("reward", "cost", "compliance", "violation", "refusals", "helpful", "learned_compliance", "agreement")

@@ -140,7 +140,9 @@ def main(args: Args) -> None:
         (run / "exact.json").write_text(json.dumps(results[-1], indent=2) + "\n", encoding="utf-8")
         print(f"{run}\n{table(results[-1:])}\n")
     if len(results) > 1:
-        print(f"mean over {len(results)} runs ± 95% interval\n{table(results)}")
+        print(f"mean over {len(results)} runs ± 95% interval\n{table(results)}\n")
+    for number, meaning in (NUMBERS | {"share_of_way": "of the reward from before to the optimum"}).items():
+        print(f"{number:<18} {meaning}")
 
 
 if __name__ == "__main__":
