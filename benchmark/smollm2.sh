@@ -19,7 +19,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 
-METHODS="repo ppo_lagrange ppo reward_shaping rectified_penalty repo_group repo_noisy"
+METHODS="repo ppo_lagrange ppo reward_shaping rectified_penalty repo_group repo_noisy repo_low_kl"
 SCORE_MODELS="reward cost judge cost_noisy"
 STAGES=${STAGES-data $SCORE_MODELS $METHODS sacpo evaluate report}
 SEED=${SEED:-1}
@@ -61,6 +61,7 @@ TEMPERATURE=${TEMPERATURE:-0.7} # at 1 this model writes near nonsense, which th
 LEARNING_RATE=${LEARNING_RATE:-3e-5}
 CRITIC_RATE=${CRITIC_RATE:-3e-5}
 KL_COEF=${KL_COEF:-0.05}
+LOW_KL_COEF=${LOW_KL_COEF:-0.01} # of repo_low_kl: how far does the KL penalty hold RePO back?
 LAMBDA_INIT=${LAMBDA_INIT:-1}
 LAMBDA_LR=${LAMBDA_LR:-0.3}
 LAMBDA_MAX=${LAMBDA_MAX:-5}
@@ -125,12 +126,14 @@ done
 # ======================================================================================================================
 for name in $METHODS; do
     wanted "$name" || continue
-    script=$name cost=cost own=(--critic-learning-rate "$CRITIC_RATE" --lambda-init "$LAMBDA_INIT" --lambda-lr "$LAMBDA_LR")
+    script=$name cost=cost kl=$KL_COEF
+    own=(--critic-learning-rate "$CRITIC_RATE" --lambda-init "$LAMBDA_INIT" --lambda-lr "$LAMBDA_LR")
     case $name in
     ppo) script=ppo_lagrange own+=(--lambda-init 0) ;;
     reward_shaping) script=ppo_lagrange own+=(--lambda-init "$PENALTY" --lambda-lr 0) ;;
     rectified_penalty) script=repo own+=(--lambda-init "$PENALTY" --lambda-lr 0) ;;
     repo_noisy) script=repo cost=cost_noisy ;;
+    repo_low_kl) script=repo kl=$LOW_KL_COEF ;;
     repo_group) own=("${own[@]:2}" --responses-per-prompt 4) ;; # it has no critics
     esac
     read -ra more <<<"$RL_EXTRA"
@@ -139,7 +142,7 @@ for name in $METHODS; do
         --max-prompt-length "$MAX_PROMPT_LENGTH" --max-new-tokens "$MAX_NEW_TOKENS" --temperature "$TEMPERATURE" \
         --total-episodes "$EPISODES" \
         --batch-size "$BATCH_SIZE" --micro-batch-size "$BATCH_SIZE" --learning-rate "$LEARNING_RATE" \
-        --kl-coef "$KL_COEF" --lambda-max "$LAMBDA_MAX" "${own[@]}" --eval-every 0 --eval-size 32 \
+        --kl-coef "$kl" --lambda-max "$LAMBDA_MAX" "${own[@]}" --eval-every 0 --eval-size 32 \
         --seed "$SEED" --output-dir "$OUT/$name" "${common[@]}" "${more[@]}"
     run rm -rf "$OUT/$name/checkpoints"
 done

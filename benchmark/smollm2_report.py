@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from evaluation import files, suites, tables  # noqa: E402
-from evaluation.figures import method_colors, plt, save_figure  # noqa: E402
+from evaluation.figures import method_styles, plt, save_figure  # noqa: E402
 
 METHODS = {  # name in evaluate/: title, folder of the RL run
     "sft": ("SFT, the start", None),
@@ -38,10 +39,12 @@ METHODS = {  # name in evaluate/: title, folder of the RL run
     "repo": ("RePO", "repo"),
     "rectified-penalty": ("RePO, fixed λ", "rectified_penalty"),
     "repo-group": ("RePO without critics", "repo_group"),
+    "repo-noisy": ("RePO, 10 % of cost labels flipped", "repo_noisy"),
+    "repo-low-kl": ("RePO, β = 0.01", "repo_low_kl"),
     "sacpo-dpo": ("SACPO, DPO", None),
 }
 COMPARED = ["repo", "ppo-lagrange"]
-COLORS = method_colors(list(METHODS))
+STYLES = method_styles(list(METHODS))
 KINDS = ["red-team", "benign", "all"]
 
 
@@ -277,7 +280,7 @@ def score_model_tables(args: Args) -> list[str]:
     keys = dict.fromkeys(key for counts in data for key in counts if key != "settings")
     counts = [[key, *(json.dumps(each.get(key)) for each in data)] for key in keys]
     rows = []
-    for kind in ("reward", "cost", "judge"):
+    for kind in ("reward", "cost", "judge", "cost_noisy"):
         found = [read_json(path) for out in args.outs if (path := out / kind / "summary.json").exists()]
         if found:
             pairs = [found[0]["data"][key] for key in ("dataset", "eval_dataset")]
@@ -300,8 +303,8 @@ def by_method(frame: pd.DataFrame, columns: list[tuple[str, str]], headings: lis
 
 
 def kind_tables(frame: pd.DataFrame, args: Args) -> list[str]:
-    scores = ["reward", "cost", "safe", "judge_safe", "unsafe", "judge_unsafe"]
-    halves = scores, ["kl", "entropy", "refusal", "length", "finished", "repetition"]
+    scores = ["reward", "cost", "safe", "judge_safe", "unsafe", "judge_unsafe", "kl", "refusal"]
+    halves = scores, ["entropy", "length", "finished", "repetition"]
     text = []
     for kind in KINDS:
         if len(part := of_kind(frame, kind)):
@@ -377,52 +380,57 @@ def offset_figure(path: Path, frame: pd.DataFrame) -> None:
     names.sort(key=lambda name: (name not in shown, [*METHODS].index(name)))
     kinds, limit = [kind for kind in KINDS[:2] if len(of_kind(frame, kind))], frame["limit"].iloc[0]
     left, right = np.quantile([*frame["cost"], limit - 0.5, limit + 0.5], [0.002, 0.998])
-    edges = limit + np.linspace(-1, 1, 81) * max(limit - left, right - limit)  # the border is the edge of a bin
-    heights = np.array([1.0 if name in shown else 0.6 for name in names])
-    bases = heights.sum() - heights.cumsum()
-    size = (7.5, 1.3 + 0.62 * heights.sum())
-    figure, axes = plt.subplots(1, len(kinds), figsize=size, dpi=110, layout="constrained", sharey=True, squeeze=False)
+    edges = limit + np.linspace(-1, 1, 61) * max(limit - left, right - limit)  # the border is the edge of a bin
+    size = (7.5, 1.2 + 0.6 * len(names))
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False)
     for axis, kind in zip(axes.flat, kinds, strict=True):
-        axis.axvspan(limit, edges[-1], color="#D55E00", alpha=0.07, lw=0)
+        axis.axvspan(limit, edges[-1], color="0.93", lw=0)
         axis.axvline(limit, color="black", lw=0.8, ls="--")
-        for name, base, height in zip(names, bases, heights, strict=True):
+        for base, name in enumerate(reversed(names)):
             every = frame[frame["model"] == name]
             costs = of_kind(every, kind)["cost"]
             counts = np.histogram(costs.clip(left, right), edges)[0]
-            style = dict(baseline=base, fill=True, color=COLORS[name])
-            axis.stairs(base + 0.8 * height * counts / counts.max(), edges, **style)
+            axis.stairs(base + 0.8 * counts / counts.max(), edges, baseline=base, fill=True, color=STYLES[name][0])
             axis.axhline(base, color="black", lw=0.5)
-            axis.plot([costs.mean()] * 2, [base, base + 0.8 * height], color="black", lw=2, solid_capstyle="butt")
-            axis.plot(every["cost"].mean(), base + 0.2 * height, "D", ms=5, color="white", mec="black", zorder=5)
-            place = dict(transform=axis.get_yaxis_transform(), fontsize=7.5 if name in shown else 6.5)
-            axis.text(1.01, base + 0.05, f"mean {costs.mean():+.2f}\n{(costs > limit).mean():.1%} unsafe", **place)
-        axis.set_title(f"{kind} prompts", fontsize=10)
-        axis.set(xlabel=f"cost (unsafe above {limit:g})", xlim=(left, right), ylim=(0, heights.sum()))
-    axes[0, 0].set_yticks(bases + 0.35 * heights, [METHODS[name][0] for name in names])
-    marks = [plt.Line2D([], [], color="black", marker="|", ls="", ms=11, mew=2, label="mean of these prompts")]
+            for width, color in ((4, "white"), (2, "black")):  # black with a white rim, which black bars need
+                axis.plot([costs.mean()] * 2, [base, base + 0.85], color=color, lw=width, solid_capstyle="butt")
+            axis.plot(every["cost"].mean(), base + 0.2, "D", ms=5, color="white", mec="black", zorder=5)
+            text = f"mean {costs.mean():+.2f}\n{(costs > limit).mean():.1%} unsafe"
+            axis.text(1.02, base + 0.1, text, transform=axis.get_yaxis_transform())
+        axis.set_title(f"{kind} prompts", fontsize=9)
+        axis.set(xlabel=f"cost (unsafe above {limit:g})", xlim=(left, right), ylim=(0, len(names)))
+    axes[0, 0].set_yticks(np.arange(len(names)) + 0.4, [textwrap.fill(METHODS[name][0], 20) for name in names[::-1]])
     bound = "mean of all prompts, which the average constraint bounds"
+    marks = [plt.Line2D([], [], color="0.5", lw=7, label="share of the answers, every row to its own scale")]
+    marks.append(plt.Line2D([], [], color="black", marker="|", ls="", ms=10, mew=2, label="mean of these prompts"))
     marks.append(plt.Line2D([], [], color="white", marker="D", ms=5, mec="black", ls="", label=bound))
-    figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
     save_figure(figure, path)
 
 
 def curves_figure(path: Path, frame: pd.DataFrame) -> None:
-    """Metrics of the RL runs: running means over a twentieth of the run, averaged over seeds."""
-    figure, axes = plt.subplots(2, 3, figsize=(7.5, 4.6), dpi=110, layout="constrained", sharex=True)
+    """Metrics of the RL runs, averaged over seeds: running means, and faintly every iteration. The compared methods are
+    thick and below the others."""
+    names = [name for name in [*COMPARED, *METHODS] if name in set(frame["model"])]
+    window = max(5, round(frame["iteration"].max() / 20))
+    units = {"kl": " (nats)", "entropy": " (nats)", "response_length": " (tokens)"}
+    figure, axes = plt.subplots(3, 2, figsize=(7.5, 7.4), sharex=True)
     for axis, (key, number) in zip(axes.flat, TRAINING.items(), strict=False):
-        for name in [name for name in METHODS if name in set(frame["model"])]:
-            runs = frame[frame["model"] == name].pivot(index="episodes", columns="seed", values=key)
-            window = max(1, len(runs) // 20)
-            smooth = number.factor * runs.rolling(window, min_periods=(window + 1) // 2).mean()
-            curve = smooth.mean(axis=1, skipna=False)  # it ends where the first seed has ended
-            style = dict(lw=1.8, zorder=3) if name in COMPARED else dict(lw=1)
-            axis.plot(curve, color=COLORS[name], label=METHODS[name][0], **style)
-        axis.set_title(number.heading, fontsize=9)
+        for i, name in enumerate(dict.fromkeys(names)):
+            color, marker, line = STYLES[name]
+            runs = number.factor * frame[frame["model"] == name].pivot(index="episodes", columns="seed", values=key)
+            smooth = runs.rolling(window, min_periods=(window + 1) // 2).mean()
+            raw, curve = (part.mean(axis=1, skipna=False) for part in (runs, smooth))  # until the first seed has ended
+            axis.plot(raw, color=color, alpha=0.2, lw=0.6)
+            step = max(1, len(curve) // 5)
+            style = dict(marker=marker, markevery=(i * step // len(METHODS), step), ms=5, mec="black", mew=0.4)
+            axis.plot(curve, color=color, ls=line, lw=2.2 if name in COMPARED else 1.3, label=METHODS[name][0], **style)
+        axis.set_ylabel(number.heading + units.get(key, ""))
         axis.grid(alpha=0.25, lw=0.5)
-        axis.locator_params(axis="x", nbins=4)
-    axes[1, 1].set_xlabel("episodes")
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("episodes")
+    handles, title = axes[0, 0].get_legend_handles_labels(), f"mean of {window} iterations (faint: every iteration)"
+    figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False, title=title, handlelength=4)
     save_figure(figure, path)
 
 

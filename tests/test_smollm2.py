@@ -30,12 +30,14 @@ def test_all_methods_have_the_same_settings_and_their_own_multiplier():
         "rectified_penalty": ("repo.py", dict(lambda_init=2, lambda_lr=0)),
         "repo_group": ("repo_group.py", dict(lambda_init=1, lambda_lr=0.3, responses_per_prompt=4)),
         "repo_noisy": ("repo.py", dict(lambda_init=1, lambda_lr=0.3, rectify="cost")),
+        "repo_low_kl": ("repo.py", dict(lambda_init=1, lambda_lr=0.3, rectify="cost")),
     }
     for name, (script, own) in methods.items():
         found, args = rows[f"{out}/{name}"]
         assert found == script
         cost = "cost_noisy" if name == "repo_noisy" else "cost"
         holds(args, **RL, **own, model=model, cost_model=f"{out}/{cost}/model", reward_model=f"{out}/reward/model")
+        holds(args, kl_coef=0.01 if name == "repo_low_kl" else 0.05)
         holds(args, dataset=f"{out}/data/prompts_train.jsonl", eval_dataset=f"{out}/data/prompts_test.jsonl")
     kinds = {"reward": ("reward", 2), "cost": ("cost", 2), "judge": ("cost", 1002), "cost_noisy": ("cost", 2)}
     for name, (kind, seed) in kinds.items():
@@ -98,7 +100,7 @@ def test_the_recipe_runs_to_its_report(data, files, forks, tmp_path):
     assert read_summary(out / "data")["kinds_test"] == {"red-team": 16, "benign": 16}
     table = read_json(out / "evaluate" / "prompts" / "table.json")
     assert {group: part["prompts"] for group, part in table["groups"].items()} == {"red-team": 16, "benign": 16}
-    assert len(table["models"]) == 9
+    assert len(table["models"]) == 10
     assert {"xstest", "alpaca"} <= set(read_json(out / "evaluate" / "suites" / "table.json")["suites"])
     report = (out / "report" / "report.md").read_text(encoding="utf-8")
     assert all(name in report for name in ("SFT, the start", "PPO-Lagrange", "RePO without critics", "SACPO, DPO"))

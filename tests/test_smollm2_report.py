@@ -78,8 +78,8 @@ def test_report(out, processes, capsys):
     cells = [line.split(" | ") for line in red_team.splitlines() if line.startswith("| **RePO**")]
     # One of two is unsafe: the bound p solves P(at most 1 of 2) = 1 - p^2 = 0.05.
     assert cells[0][3] == "50.0 [0.0, 100.0] %" and cells[0][5] == f"{100 * 0.95**0.5:.1f} %"
-    refusals = [line.split(" | ")[3] for line in text.splitlines() if line.startswith("| SFT") and "%" in line][-1]
-    assert refusals == "50.0 %" and "| SFT, the start | 0.62 " in text  # the mean cost of all prompts
+    sft = [line.split(" | ") for line in text.splitlines() if line.startswith("| SFT") and "%" in line]
+    assert sft[-2][8] == "50.0 % |" and "| SFT, the start | 0.62 " in text  # the mean cost of all prompts
     assert "| **RePO** | 21 | 1.50 → 19.50" in text and "kl > 10, kl: 1 NaN" in text
     assert "[RePO: reward +1.0, cost +3.0, judge " in text
     assert all((out / "report" / f"real_text_{name}.png").stat().st_size > 5000 for name in ("offset", "curves"))
