@@ -19,10 +19,10 @@
 #     for b in 0.1 0.05 0.025 0.01; do SACPO_RUN=sacpo-$b BETA_OVER_LAMBDA=$b STAGES=sacpo benchmark/alpaca_7b.sh; done
 #     NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 benchmark/alpaca_7b.sh      # and on the other node NODE_RANK=1
 #
-# With several nodes, OUT and SUITES must be on a file system that all of them see. A model is sharded within a node and
-# replicated across nodes. Disk: a checkpoint of a reinforcement-learning stage has three trained models with two moments
-# each in float32, 239 GB for 7B. The newest two are kept, a third exists while it is written: about 1.5 TB for all
-# stages. Delete the folder `checkpoints` of a finished stage.
+# With several nodes, OUT and SUITES must be on a file system that all of them see. Models are sharded over the processes
+# of all nodes. Disk: a checkpoint of a reinforcement-learning stage has three trained models with two moments each in
+# float32, 239 GB for 7B. The newest two are kept, a third exists while it is written: about 1.5 TB for all stages. Delete
+# the folder `checkpoints` of a finished stage.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 

@@ -1,4 +1,4 @@
-"""The tutorial: its diffs are what diff gives, its figures what its scripts print, its functions those of repo.py.
+"""The tutorial: its diffs are what diff gives, its numbers what its scripts print, its functions those of repo.py.
 
 `PYTHONPATH=. python tests/test_tutorial.py` copies repo.py's functions into the scripts of the tutorial, and writes
 what the commands of docs/from_ppo_to_repo.md give into that page.
@@ -24,6 +24,7 @@ PAGE = ROOT / "docs" / "from_ppo_to_repo.md"
 STEPS = sorted((ROOT / "docs" / "tutorial").glob("*.py"))
 # A command of the page, and the block below it that shows what it gives
 SHOWN = re.compile(r"```bash\n((?:python|diff) [^\n]*)\n```\n\n```(?:text|diff)\n(.*?)```", re.DOTALL)
+NUMBER = re.compile(r"-?\d+\.\d+")
 BLOCKS = SHOWN.findall(PAGE.read_text(encoding="utf-8"))
 # What an algorithm's script has and the one before lacks
 NEW = {
@@ -53,6 +54,11 @@ def output(command: str) -> str:
     return printed.getvalue()
 
 
+def assert_close(given: str, shown: str) -> None:
+    for one, other in zip(NUMBER.findall(given), NUMBER.findall(shown), strict=True):
+        assert float(one) == pytest.approx(float(other), abs=0.02 if "." in one[-3:-2] else 0.2)
+
+
 def functions(path) -> dict[str, str]:
     source = path.read_text(encoding="utf-8")
     defined = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
@@ -60,22 +66,35 @@ def functions(path) -> dict[str, str]:
 
 
 def test_the_page_has_a_diff_of_each_step():
-    for one, other in itertools.pairwise(f"docs/tutorial/{path.name}" for path in STEPS):
-        assert f"diff -U 1 {one} {other} | tail -n +3" in [command for command, _ in BLOCKS]
+    """A part of it: new functions of the step, whole, and the lines that call them."""
+    diffs = [block for block in BLOCKS if block[0].startswith("diff")]
+    for (command, shown), (one, other) in zip(diffs, itertools.pairwise(STEPS), strict=True):
+        whole = f"diff -U 0 docs/tutorial/{one.name} docs/tutorial/{other.name}"
+        assert command.startswith(f"{whole} | sed -n ") and set(shown.splitlines()) <= set(output(whole).splitlines())
+        names = re.findall(r"^\+def (\w+)", shown, re.MULTILINE)
+        assert names == (["policy_loss"] if other.stem == "2_ppo" else NEW[other.stem])
+        for name in names:
+            added = functions(other)[name].replace("\n", "\n+")
+            assert f"+{added}" in shown and re.search(rf"^\+ .*= {name}\(", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command, shown", BLOCKS, ids=[command for command, _ in BLOCKS])
 def test_each_command_of_the_page_gives_what_the_page_shows(command, shown):
     """Digit for digit except the last, which roundings of another CPU may change."""
-    numbers = re.compile(r"-?\d+\.\d+")
     given = output(command)
     assert shown, "run python tests/test_tutorial.py"
     if command.startswith("diff"):
         assert given == shown
     else:
-        assert numbers.sub("#", given) == numbers.sub("#", shown)
-        for one, other in zip(numbers.findall(given), numbers.findall(shown), strict=True):
-            assert float(one) == pytest.approx(float(other), abs=0.02 if "." in one[-3:-2] else 0.2)
+        assert NUMBER.sub("#", given) == NUMBER.sub("#", shown)
+        assert_close(given, shown)
+
+
+def test_the_table_of_the_page_has_the_means_of_each_script():
+    rows = re.findall(r"^\| \[(\w+\.py)\]\([^|]*\|[^|]*\|(.*)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name, _ in rows] == [path.name for path in STEPS]
+    for name, shown in rows:
+        assert_close(re.search("^all (.*)", output(f"python docs/tutorial/{name}"), re.MULTILINE)[1], shown)
 
 
 def test_functions_are_those_of_repo_word_for_word_and_the_same_in_every_step():

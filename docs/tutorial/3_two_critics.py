@@ -22,12 +22,12 @@ LENGTH = 4
 
 @dataclass
 class Args:
-    """Three prompts, and a table of logits for a policy."""
+    """Three prompts, and a policy that is a table of logits."""
 
     seed: int = 1  # seeds the responses
     iterations: int = 400  # batches of responses
     responses_per_prompt: int = 32  # K, responses sampled for each prompt in an iteration
-    learning_rate: float = 0.05  # Adam's, of every table
+    learning_rate: float = 0.05  # of Adam, for every table
     update_epochs: int = 4  # updates on one batch
     kl_coef: float = 0.05  # β, weight of the KL divergence from the reference
     gae_lambda: float = 0.95  # λ_GAE, bias-variance trade-off of the advantages
@@ -37,7 +37,7 @@ class Args:
     lambda_init: float = 1.0  # initial multiplier; 0 stays 0
 
 
-# ---- The world: what a response is worth, known exactly
+# ---- The world: rewards and costs are known exactly
 def score(tokens: Tensor, hazards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards and costs [batch] and response mask [batch, response] of tokens [batch, response]; hazards: [batch]."""
     ends = (tokens == EOS).long()
@@ -47,7 +47,7 @@ def score(tokens: Tensor, hazards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def evaluate(policy: Tensor) -> None:
-    """Print the exact means of a policy: all responses there are, weighted by their probability."""
+    """Print the exact means of a policy over all responses, weighted by their probability."""
     every = torch.cartesian_prod(*[torch.arange(3)] * LENGTH)  # [3^LENGTH, LENGTH]
     print(f"{'':<10}{'reward':>8}{'cost':>8}{'safe':>8}")
     figures = []
