@@ -56,9 +56,23 @@ def command(**flags) -> list[str]:
 changed = mock.patch.multiple  # changed(module, name=value): with other functions for a while
 
 
+def captured(function, mistake: type[Exception]) -> Outcome:
+    """What a program leaves behind that runs as a function of this process; a mistake of the user is one line."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = function()
+    except SystemExit as stop:
+        code = stop.code
+    except mistake as error:
+        code = 2
+        err.write(f"error: {' '.join(str(error).split())}\n")  # as `report` does
+    return Outcome(code or 0, out.getvalue(), err.getvalue())
+
+
 def run_main(script, processes, words: list[str]) -> Outcome:
     """main() of a script in this process. What ends with a process in earnest is given back: locks, signal handlers."""
-    out, err, code, locks = io.StringIO(), io.StringIO(), 0, []
+    locks = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def flock(descriptor, operation):
@@ -67,19 +81,13 @@ def run_main(script, processes, words: list[str]) -> Outcome:
 
     own = SimpleNamespace(**vars(fcntl) | {"flock": flock})
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), changed(script, fcntl=own):
-            code = script.main(tyro.cli(script.Args, args=words), *processes)
-    except SystemExit as stop:
-        code = stop.code
-    except script.UserError as error:
-        code = 2
-        err.write(f"error: {' '.join(str(error).split())}\n")  # as `report` does
+        with changed(script, fcntl=own):
+            return captured(lambda: script.main(tyro.cli(script.Args, args=words), *processes), script.UserError)
     finally:
         for descriptor in locks:
             os.close(descriptor)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return Outcome(code or 0, out.getvalue(), err.getvalue())
 
 
 def start(program: list, processes: int | None = None, python_path: Path | str = "", **options) -> subprocess.Popen:

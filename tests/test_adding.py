@@ -33,9 +33,8 @@ def added(tmp_path_factory, processes, defaults):
     flags = dict(total_episodes=64, cost_threshold=0.3, lambda_lr=0.05, lambda_gain=0.2, lambda_max=20, save_every=2)
 
     def run(name, **others):
-        assert (
-            run_main(script, processes, command(**defaults["ppo_lagrange"] | flags | others, output_dir=name)).code == 0
-        )
+        words = command(**defaults["ppo_lagrange"] | flags | others, output_dir=name)
+        assert run_main(script, processes, words).code == 0
         return name
 
     return run

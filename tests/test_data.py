@@ -324,17 +324,6 @@ def test_prompts_count_once_and_long_ones_are_dropped(tokenizers, tmp_path, caps
         load("prompts", data, tokenizer)
 
 
-ALPACA = [
-    dict(instruction="ba pi", input="", output="ke sa."),
-    dict(instruction="ba", input="le ra", output="mu"),
-    dict(instruction="fo", input="", output=""),
-    dict(instruction="ba", input="le ra", output="mu"),
-    dict(instruction="ba le", input="ra", output="mu"),
-    dict(instruction="ke", input=None, output="ba pi ke sa le ra mu fo di"),
-    dict(instruction="ba pi ke sa le", input="", output="ra"),
-]
-
-
 def test_supervised_texts(tokenizers, tmp_path, capsys):
     """Alpaca's columns: equal texts count once, also where instruction and input part a prompt elsewhere."""
 
@@ -342,7 +331,10 @@ def test_supervised_texts(tokenizers, tmp_path, capsys):
         texts = [example["ids"][0] for example in load("supervised", *place, flag="--ptx-dataset", **options)]
         return [tuple(" ".join(TOKENIZER.convert_ids_to_tokens(part)) for part in text) for text in texts]
 
-    data = tiny.write_rows(tmp_path / "alpaca.json", ALPACA)
+    texts = [("ba pi", "", "ke sa."), ("ba", "le ra", "mu"), ("fo", "", ""), ("ba", "le ra", "mu")]
+    texts += [("ba le", "ra", "mu"), ("ke", None, "ba pi ke sa le ra mu fo di"), ("ba pi ke sa le", "", "ra")]
+    rows = [dict(zip(("instruction", "input", "output"), text, strict=True)) for text in texts]
+    data = tiny.write_rows(tmp_path / "alpaca.json", rows)
     assert read(data, tokenizers("{prompt} "), limits=(4, 9)) == [
         ("ba pi", "ke sa . <eos>"),
         ("ba le ra", "mu <eos>"),

@@ -16,6 +16,8 @@ from evaluation.score import Score
 sys.path.append(str(ROOT / "benchmark"))
 import gpu
 import memory
+import smollm2_data
+import smollm2_report
 import throughput
 
 import toy
@@ -23,7 +25,8 @@ import toy
 ARGS = {f"{name}.py": script.Args for name, script in SCRIPTS.items()}
 ARGS |= {"evaluation score": Score, "evaluation judge": Judge, "evaluation card": Card}
 ARGS |= {"evaluation blind export": Export, "evaluation blind import": Import}
-ARGS |= {f"benchmark/{tool.__name__}.py": tool.Args for tool in (gpu, memory, throughput, toy)}
+TOOLS = (gpu, memory, smollm2_data, smollm2_report, throughput, toy)
+ARGS |= {f"benchmark/{tool.__name__}.py": tool.Args for tool in TOOLS}
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("toy/*.md")])
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -57,10 +60,28 @@ def test_each_format_of_data_has_a_row_that_is_read_and_each_reason_to_drop_rows
     assert reasons and [reason for reason in reasons if reason.split(" N ")[0] not in source] == []
 
 
+def anchors(page) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @each_page
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            target = page.parent / link if link else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+@each_page
+def test_pages_are_short_and_in_plain_words(page):
+    text = page.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= {"README.md": 180, "from_ppo_to_repo.md": 350}.get(page.name, 150)
+    prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+    unwanted = r"\b(?:pays?|paid|coins?|price|nobody|so that|but for|note that|simply)\b"
+    assert re.findall(unwanted, prose, re.IGNORECASE) == []
 
 
 @each_page

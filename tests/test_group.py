@@ -7,24 +7,15 @@ docs/repo_group.md has the derivations, benchmark/rectified_gradient.py prints t
 import itertools
 
 import pytest
+import test_rectified_gradient as tabular
 import torch
-from test_rectified_gradient import (
-    SETTINGS,
-    assert_equal,
-    gradient,
-    lagrangian_gradient,
-    make_critics,
-    one_token_problem,
-    tree_problem,
-    violated_by_others,
-)
 from torch.nn.functional import one_hot
 
 import repo
 import repo_group
 
-each_setting = pytest.mark.parametrize("settings", SETTINGS)
-each_problem = pytest.mark.parametrize("make, k", [*itertools.product([one_token_problem, tree_problem], [2, 3])])
+each_setting = pytest.mark.parametrize("settings", tabular.SETTINGS)
+each_problem = pytest.mark.parametrize("make, k", [*itertools.product(tabular.PROBLEMS, [2, 3])])
 
 
 def k_tuples(problem, k):
@@ -33,9 +24,9 @@ def k_tuples(problem, k):
     return tuples, problem.probabilities(problem.logits)[:, tuples].prod(-1)
 
 
-def group_advantages(problem, tuples, *, multiplier, beta, threshold, constraint="response", norm=False):
+def group_advantages(problem, k, *, multiplier, beta, threshold, constraint="response", norm=False):
     """repo_group.py's steps 4 and 6 on every K-tuple of every prompt, [X, tuples, K, T]."""
-    k = tuples.shape[1]
+    tuples, _ = k_tuples(problem, k)
     rewards, costs = (scores[:, tuples].flatten() for scores in (problem.rewards, problem.costs))
     log_ratio = problem.logprobs(problem.logits) - problem.logprobs(problem.ref_logits)
     log_ratio, mask = log_ratio[:, tuples].flatten(0, 2), problem.mask[tuples].flatten(0, 1)
@@ -45,11 +36,12 @@ def group_advantages(problem, tuples, *, multiplier, beta, threshold, constraint
     return repo_group.token_advantages(own, log_ratio, mask, beta).view(len(problem.costs), *tuples.shape, -1)
 
 
-def expected_gradient(problem, tuples, weights, advantages):
+def expected_gradient(problem, k, advantages):
     """Of policy_loss with these advantages, [X, P, V]: the sum over tokens, the mean over responses."""
+    tuples, weights = k_tuples(problem, k)
     logits, old = problem.logits.clone().requires_grad_(), problem.logprobs(problem.logits)
     loss = repo_group.policy_loss(problem.logprobs(logits)[:, tuples], old[:, tuples], advantages, 0.2)
-    loss = (loss * problem.mask[tuples]).sum((2, 3)) / tuples.shape[1]
+    loss = (loss * problem.mask[tuples]).sum((2, 3)) / k
     return torch.autograd.grad(-(problem.prompt_weights[:, None] * weights * loss).sum(), logits)[0]
 
 
@@ -58,33 +50,30 @@ def expected_gradient(problem, tuples, weights, advantages):
 def test_the_expected_gradient_is_that_of_the_lagrangian(make, k, settings):
     """Per response, KL included, one token and several: ∇L. Its length and direction, for K = 2 and 3."""
     problem = make()
-    tuples, weights = k_tuples(problem, k)
-    actual = expected_gradient(problem, tuples, weights, group_advantages(problem, tuples, **settings))
-    assert_equal(actual, lagrangian_gradient(problem, **settings))
+    actual = expected_gradient(problem, k, group_advantages(problem, k, **settings))
+    tabular.assert_equal(actual, tabular.lagrangian_gradient(problem, **settings))
 
 
 @each_setting
 @each_problem
 def test_the_expected_gradient_per_prompt_is_that_of_the_critics_version(make, k, settings):
     """E_x (∇E_y[R] - λ P_{K-1}(x) ∇E_y[C]) / (1+λ) - β ∇KL. With the others' rectified costs as baseline it is not."""
-    problem, (multiplier, beta, threshold) = make(), settings.values()
-    tuples, weights = k_tuples(problem, k)
-    score = problem.rewards - multiplier * violated_by_others(problem, threshold, k - 1)[:, None] * problem.costs
-    score = score / (1 + multiplier)
-    expected = gradient(problem, lambda pi, ref: (pi * score).sum(1) - beta * (pi * (pi / ref).log()).sum(1))
-    advantages = group_advantages(problem, tuples, constraint="prompt", **settings)
-    assert_equal(expected_gradient(problem, tuples, weights, advantages), expected)
+    problem, (multiplier, _, threshold) = make(), settings.values()
+    judged = tabular.violated_by_others(problem, threshold, k - 1)[:, None] * problem.costs
+    expected = tabular.lagrangian_gradient(problem, **settings, terminal_costs=judged)
+    advantages = group_advantages(problem, k, constraint="prompt", **settings)
+    tabular.assert_equal(expected_gradient(problem, k, advantages), expected)
 
-    excess = (problem.costs - threshold)[:, tuples].flatten()
+    excess = (problem.costs - threshold)[:, k_tuples(problem, k)[0]].flatten()
     rectified = torch.where(repo_group.mean_of_others(excess, k) > 0, excess, 0.0)
     right, _ = repo_group.rectify_groups(excess, 0.0, "prompt", k, False)
     wrong = repo_group.group_advantages(rectified, k, False)
-    advantages = advantages + (multiplier / (1 + multiplier) * (right - wrong)).view(*weights.shape, k, 1)
-    bias = (expected_gradient(problem, tuples, weights, advantages) - expected).abs().max()
+    advantages = advantages + (multiplier / (1 + multiplier) * (right - wrong)).view(*advantages.shape[:3], 1)
+    bias = (expected_gradient(problem, k, advantages) - expected).abs().max()
     assert (bias > 1e-3) == (multiplier > 0)
 
 
-@pytest.mark.parametrize("make", [one_token_problem, tree_problem])
+@pytest.mark.parametrize("make", tabular.PROBLEMS)
 def test_where_the_kl_term_may_sit(make):
     """-β ∇KL from the sum to come in the advantage. In the loss, with the gradient stopped at the prefixes, an estimate
     of each token's KL divergence misses what a token does to later ones (½k²), or even its own (e^-k - 1 + k)."""
@@ -92,60 +81,54 @@ def test_where_the_kl_term_may_sit(make):
     logits = problem.logits.clone().requires_grad_()
     weights = problem.prompt_weights[:, None, None] * problem.probabilities(problem.logits)[:, :, None] * problem.mask
     log_ratio = problem.logprobs(logits) - problem.logprobs(problem.ref_logits)  # k
-    expected = gradient(problem, lambda pi, ref: (pi * (pi / ref).log()).sum(1))
+    expected = tabular.gradient(problem, lambda pi, ref: (pi * (pi / ref).log()).sum(1))
     losses = {"half of the square": log_ratio**2 / 2, "e^-k - 1 + k": (-log_ratio).exp() - 1 + log_ratio}
     off = {
         name: (torch.autograd.grad((weights * loss).sum(), logits, retain_graph=True)[0] - expected).abs().max()
         for name, loss in losses.items()
     }
-    assert (off["half of the square"] < 1e-9) == (make is one_token_problem)
+    assert (off["half of the square"] < 1e-9) == (make is tabular.one_token_problem)
     assert off["e^-k - 1 + k"] > 0.01
 
 
-def noise(problem, tuples, weights, advantages):
+def noise(problem, k, advantages):
     """Variance of the gradient within prompts, summed over its components and per response: K times that of a group."""
-    prefixes, vocabulary = problem.logits.shape[1:]
+    (tuples, weights), (prefixes, vocabulary) = k_tuples(problem, k), problem.logits.shape[1:]
     scores = one_hot(problem.tokens, vocabulary) - problem.logits.softmax(-1)[:, problem.prefixes]  # [X, Y, T, V]
     places = one_hot(problem.prefixes, prefixes) * problem.mask[..., None]  # [Y, T, P]
     scores = torch.einsum("xytv,ytp->xytpv", scores, places.double()).flatten(3)  # ∇ log π at the logits
-    of_tuples = torch.einsum("xnkt,xnktd->xnd", advantages, scores[:, tuples]) / tuples.shape[1]
+    of_tuples = torch.einsum("xnkt,xnktd->xnd", advantages, scores[:, tuples]) / k
     mean = torch.einsum("xn,xnd->xd", weights, of_tuples)[:, None]
     within = torch.einsum("x,xn,xnd->", problem.prompt_weights, weights, (of_tuples - mean) ** 2)
-    return tuples.shape[1] * within.item()
+    return k * within.item()
 
 
 def noise_with_critics(problem, kind, *, multiplier, beta, threshold):
     """That of repo.py at λ_GAE = 1."""
     terminal_costs = (problem.costs - threshold).clamp(min=0)
-    values = make_critics(problem, kind, beta=beta, terminal_costs=terminal_costs)
+    values = tabular.make_critics(problem, kind, beta=beta, terminal_costs=terminal_costs)
     log_ratio = (problem.logprobs(problem.logits) - problem.logprobs(problem.ref_logits)).flatten(0, 1)
     mask, parts = problem.mask.repeat(len(problem.costs), 1), []
     for terminal, weight, value in ((problem.rewards, -beta, values[0]), (terminal_costs, beta, values[1])):
         signal = repo.token_signal(terminal.flatten(), log_ratio, mask, weight)
         parts.append(repo.gae(signal, value.flatten(0, 1), mask, 1.0)[0])
-    tuples, weights = k_tuples(problem, 1)
-    advantages = (repo.combine_advantages(*parts, multiplier) * mask).view(*weights.shape, 1, -1)
-    return noise(problem, tuples, weights, advantages)
+    advantages = (repo.combine_advantages(*parts, multiplier) * mask).view(*problem.costs.shape, 1, -1)
+    return noise(problem, 1, advantages)
 
 
-@pytest.mark.parametrize("make", [one_token_problem, tree_problem])
+@pytest.mark.parametrize("make", tabular.PROBLEMS)
 def test_noise_lies_between_that_of_exact_and_of_wrong_critics(make):
     """Per response: more than with exact critics, less with each further response, far less than with wrong critics."""
     problem, settings = make(), dict(multiplier=5, beta=0.05, threshold=0)
-    of_k = []
-    for k in (2, 3):
-        tuples, weights = k_tuples(problem, k)
-        of_k.append(noise(problem, tuples, weights, group_advantages(problem, tuples, **settings)))
+    of_k = [noise(problem, k, group_advantages(problem, k, **settings)) for k in (2, 3)]
     exact, wrong = (noise_with_critics(problem, kind, **settings) for kind in ("exact", "random"))
     assert 1.3 * exact < of_k[1] < 0.9 * of_k[0] and of_k[0] < 3 * exact and 5 * of_k[0] < wrong
 
 
 def test_noise_falls_to_that_of_exact_critics():
     """For one token without the KL term: v + c / (K - 1), with v that of exact critics."""
-    problem, settings, of_k = one_token_problem(), dict(multiplier=5, beta=0, threshold=0), {}
-    for k in (2, 3, 4):
-        tuples, weights = k_tuples(problem, k)
-        of_k[k] = noise(problem, tuples, weights, group_advantages(problem, tuples, **settings))
+    problem, settings = tabular.one_token_problem(), dict(multiplier=5, beta=0, threshold=0)
+    of_k = {k: noise(problem, k, group_advantages(problem, k, **settings)) for k in (2, 3, 4)}
     exact = noise_with_critics(problem, "exact", **settings)
     for k in (3, 4):
         assert of_k[k] == pytest.approx(exact + (of_k[2] - exact) / (k - 1))

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from helpers import ROOT, Outcome, command, contents, finish, read_json, read_lines, start
+from helpers import ROOT, Outcome, captured, command, contents, finish, read_json, read_lines, start
 
 import repo
 from evaluation import blind, verdicts
@@ -34,16 +34,7 @@ PROMPTS = [f"What about {i}?" for i in range(12)]
 
 def run(words: list) -> Outcome:
     """`python -m evaluation` in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main([str(word) for word in words])
-    except SystemExit as stop:
-        code = stop.code
-    except repo.UserError as error:
-        code = 2
-        err.write(f"error: {error}\n")  # as repo.py's sys.excepthook does
-    return Outcome(code, out.getvalue(), err.getvalue())
+    return captured(lambda: main([str(word) for word in words]), repo.UserError)
 
 
 def asked(text: str) -> tuple[str, str, str, str]:

@@ -7,11 +7,10 @@ import contextlib
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, finish, start
 
 sys.path.append(str(ROOT / "benchmark"))
 import memory
@@ -40,10 +39,9 @@ def measure(ranks, **flags) -> dict:
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict]:
     paths = os.pathsep.join(str(ROOT / name) for name in ("tests", "benchmark", "."))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    done = finish(start(["-c", COUNT], python_path=paths))
+    assert done.code == 0, done.err[-3000:]
+    return json.loads(done.out)
 
 
 @pytest.mark.parametrize(("row", "ranks"), [("base", 2), ("alone", 1)])

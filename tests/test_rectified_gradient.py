@@ -113,9 +113,10 @@ def gradient(problem, objective):
     return torch.autograd.grad((problem.prompt_weights * value).sum(), logits)[0]
 
 
-def lagrangian_gradient(problem, *, multiplier, beta, threshold):
-    """∇L, L = (E[R] - λ E[{C - d}^+]) / (1 + λ) - β KL(π ‖ π_ref)."""
-    score = (problem.rewards - multiplier * (problem.costs - threshold).clamp(min=0)) / (1 + multiplier)
+def lagrangian_gradient(problem, *, multiplier, beta, threshold, terminal_costs=None):
+    """∇L, L = (E[R] - λ E[{C - d}^+]) / (1 + λ) - β KL(π ‖ π_ref), or with other terminal costs than {C - d}^+."""
+    terminal_costs = (problem.costs - threshold).clamp(min=0) if terminal_costs is None else terminal_costs
+    score = (problem.rewards - multiplier * terminal_costs) / (1 + multiplier)
     return gradient(problem, lambda pi, ref: (pi * score).sum(1) - beta * (pi * (pi / ref).log()).sum(1))
 
 
@@ -123,6 +124,7 @@ def assert_equal(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
+PROBLEMS = [one_token_problem, tree_problem]
 SETTINGS = [
     dict(multiplier=multiplier, beta=beta, threshold=threshold)
     for multiplier, beta, threshold in [(0, 0.3, 0), (0.7, 0, 0), (0.7, 0.3, 0.4), (5, 0.1, -0.5), (50, 0.02, 0)]
@@ -131,7 +133,7 @@ each_setting = pytest.mark.parametrize("critics, settings", [*itertools.product(
 
 
 @each_setting
-@pytest.mark.parametrize("make", [one_token_problem, tree_problem])
+@pytest.mark.parametrize("make", PROBLEMS)
 def test_cost_is_unbiased(make, critics, settings):
     """One token, and longer responses of unequal length: ∇L, with λ_GAE = 1 whatever the critics say."""
     problem = make()
@@ -143,7 +145,7 @@ def test_cost_is_unbiased(make, critics, settings):
 
 
 @each_setting
-@pytest.mark.parametrize("make", [one_token_problem, tree_problem])
+@pytest.mark.parametrize("make", PROBLEMS)
 def test_bias_of_advantage(make, critics, settings):
     """λ/(1+λ) · E_x E_y Σ_t ∇log π(y_t) [ 1{C ≤ d} (R - V_r) + 1{C > d} V_c ], V_c the value of (C - d) + β KL."""
     problem, share = make(), settings["multiplier"] / (1 + settings["multiplier"])
@@ -185,8 +187,7 @@ def test_prompt_constraint_goes_along_the_gradient_of_the_expected_cost(make, k,
     probability = violated_by_others(problem, threshold, k - 1)  # P_{K-1}(x)
     assert probability[-2] == 0 and probability[-1] == pytest.approx(1) and 0 < probability[:2].mean() < 0.99
     judged = probability[:, None] * problem.costs
-    score = (problem.rewards - multiplier * judged) / (1 + multiplier)
-    expected = gradient(problem, lambda pi, ref: (pi * score).sum(1) - beta * (pi * (pi / ref).log()).sum(1))
+    expected = lagrangian_gradient(problem, **settings, terminal_costs=judged)
     values = make_critics(problem, critics, beta=beta, terminal_costs=judged)
     settings = dict(settings, constraint="prompt", k=k)
     assert_equal(repo_gradient(problem, values, **settings), expected)

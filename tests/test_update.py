@@ -190,25 +190,20 @@ def test_two_iterations_by_hand(run, files, tmp_path, script, flags):
     assert metrics[0]["lambda"] < a.lambda_init if falls else metrics[0]["lambda"] > a.lambda_init
 
 
-def more_columns(sample_responses):
-    """Columns on both sides of the responses, filled with a token of the vocabulary."""
+@pytest.mark.parametrize("change", [dict(micro_batch_size=3), dict(gradient_checkpointing=True), dict()], ids=str)
+@pytest.mark.parametrize("script", [repo, repo_group])
+def test_padding_micro_batches_and_checkpointing_do_not_change_an_update(run, tmp_path, script, change):
+    recorded, flags = [], dict(total_episodes=16, micro_batch_size=16, max_grad_norm=0.5)
+    original = script.sample_responses
 
-    def widened(*args):
-        sampled = sample_responses(*args)
+    def widened(*args):  # more columns on both sides of the responses, filled with a token of the vocabulary
+        sampled = original(*args)
         sampled.sequences, sampled.scored = (pad(ids, (3, 4), value=20) for ids in (sampled.sequences, sampled.scored))
         sampled.attention_mask = pad(sampled.attention_mask, (3, 4))
         sampled.response_mask = pad(sampled.response_mask, (0, 4))
         return sampled
 
-    return widened
-
-
-@pytest.mark.parametrize("change", [dict(micro_batch_size=3), dict(gradient_checkpointing=True), dict()], ids=str)
-@pytest.mark.parametrize("script", [repo, repo_group])
-def test_padding_micro_batches_and_checkpointing_do_not_change_an_update(run, tmp_path, script, change):
-    recorded, flags = [], dict(total_episodes=16, micro_batch_size=16, max_grad_norm=0.5)
-    widened = more_columns(script.sample_responses) if not change else script.sample_responses
-    for name, more, function in (("plain", {}, script.sample_responses), ("changed", change, widened)):
+    for name, more, function in (("plain", {}, original), ("changed", change, original if change else widened)):
         with recorded_updates() as updates, changed(script, sample_responses=function):
             assert run(script, output_dir=tmp_path / name, **flags | more).code == 0
         recorded.append(updates)
