@@ -109,7 +109,8 @@ def named_suites(args: Score) -> dict[str, str]:
 
 def find_answers(folder: Path, settings: dict, prompts: list[dict]) -> dict[str, dict[int, dict]]:
     """The answers that an output directory holds, if settings and prompts are the same; any other is refused."""
-    before = earlier_settings(folder, settings, FREE | {"prompts"})
+    free = FREE | {"prompts"} | ({"dataset"} if settings["suites"] else set())  # --suites leave --dataset unused
+    before = earlier_settings(folder, settings, free)
     if before is None:
         return {}
     answers, paths = read_answers(folder / "responses.jsonl"), before["models"]

@@ -417,6 +417,8 @@ def test_suites_from_files(score, tmp_path):
     assert (tmp_path / "out" / "compliance_over_refusal.png").stat().st_size > 2000
     assert score("first", **flags, output_dir=tmp_path / "few", eval_size=2).code == 0
     assert [row["suite"] for row in answered(tmp_path / "few")] == ["i-cona"] * 2 + ["xstest"] * 2 + ["own"] * 2
+    unused = flags | dict(dataset="none.jsonl")  # such as the default of another checkout
+    assert score("first", **unused, output_dir=tmp_path / "few", eval_size=2).code == 0
     outcome = score("first", **flags | dict(suites=flags["suites"][:1]), output_dir=tmp_path / "out")
     assert outcome.code == 2 and "--suites is" in outcome.errors[0]
 
