@@ -24,6 +24,7 @@ STYLES = {
     "repo-advantage": ("#56B4E9", "^", "-."),
     "repo-group": ("#332288", "v", (0, (1, 1))),
     "repo-noisy": ("#8B5A2B", "d", (0, (8, 3))),
+    "repo-low-kl": ("#AA4499", "*", (0, (4, 1, 1, 1))),
     "sacpo-dpo": ("#009E73", ">", "--"),
     "sacpo-kto": ("#CC79A7", "<", "-."),
     "p-sacpo": ("#CCBB44", "h", ":"),
