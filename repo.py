@@ -283,6 +283,7 @@ def text_scores(model, ids: Tensor, mask: Tensor) -> Tensor:
     return model(ids, mask).gather(1, last[:, None]).squeeze(1)
 
 
+@torch.no_grad()
 def score_responses(model, prompts: list, responses: Responses, micro_batch_size: int) -> Tensor:
     """Scores of the responses, [batch]. A score model with another tokenizer reads prompts and responses as text."""
     ids, mask = responses.scored, responses.attention_mask
@@ -293,14 +294,20 @@ def score_responses(model, prompts: list, responses: Responses, micro_batch_size
         if cut := sum(len(row) > longest for row in encoded):
             say(f"{cut} of {len(encoded)} responses lost their end: a score model reads {longest} tokens")
         ids, mask = pad(model.tokenizer, [row[:longest] for row in encoded], "right", mask.device)
-    return in_micro_batches(text_scores, model, ids, mask, micro_batch_size)
+    scores = torch.zeros(len(ids), device=ids.device)
+    for rows, row_ids, row_mask, _ in micro_batches(ids, mask, micro_batch_size):
+        scores[rows] = text_scores(model, row_ids, row_mask)
+    return scores
 
 
-@torch.no_grad()
-def in_micro_batches(read, model, ids: Tensor, mask: Tensor, size: int, **settings) -> Tensor:
-    """read(model, ids, mask, **settings) on `size` rows at a time, without gradients; results by row."""
-    parts = zip(ids.split(size), mask.split(size), strict=True)
-    return torch.cat([read(model, *part, **settings) for part in parts])
+def micro_batches(ids: Tensor, mask: Tensor, size: int, length: int = 0):
+    """Rows of a batch, `size` at a time: texts of similar length, without the columns that are padding in all of them.
+
+    Yields the rows' numbers, ids and mask, and how many of the last `length` columns are left."""
+    for rows in mask.sum(1).argsort(stable=True).split(size):
+        rows = rows.sort().values  # a batch that fits into one micro-batch keeps its order
+        used = mask[rows].any(0)
+        yield rows, ids[rows][:, used], mask[rows][:, used], int(used[len(used) - length :].sum())
 
 
 def backward(loss: Tensor, response_mask: Tensor, token_count: float) -> Tensor:
@@ -345,7 +352,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
     reward_model = load_scorer(args, args.reward_model, "--reward-model", prompts + eval_prompts, frozen)
     cost_model = load_scorer(args, args.cost_model, "--cost-model", prompts + eval_prompts, frozen)
     policy = load_model(AutoModelForCausalLM, args.model, "--model", **options)
-    ref_policy = load_model(AutoModelForCausalLM, args.model, "--model", **frozen)
+    ref_policy = load_model(AutoModelForCausalLM, args.model, "--model", **frozen).requires_grad_(False)
     trained = {"policy": policy}
     for kind, score_model in (("reward", reward_model), ("cost", cost_model)):  # a critic reads the policy's tokens
         same_vocabulary = score_model.tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -390,13 +397,16 @@ def main(args: Args, device: torch.device, mesh) -> int:
         responses = sample_responses(policy, tokenizer, prompt_ids, uniforms, args.temperature)
         sequences, attention_mask = responses.sequences, responses.attention_mask  # [batch, prompt + response]
         response_mask = responses.response_mask  # [batch, response]
-        settings = dict(length=response_mask.shape[1], temperature=args.temperature)
+        batch = sequences, attention_mask, size, response_mask.shape[1]
         clock.append(time.time())
 
         # 3. Scores, and the log-probabilities of the reference
         rewards = score_responses(reward_model, prompt_texts, responses, size)  # [batch]
         costs = score_responses(cost_model, prompt_texts, responses, size)  # [batch]
-        ref_logprobs = in_micro_batches(response_logprobs, ref_policy, sequences, attention_mask, size, **settings)
+        unset = torch.where(response_mask > 0, math.nan, 0.0)  # [batch, response], zero at padding
+        ref_logprobs = unset.clone()
+        for rows, ids, mask, length in micro_batches(*batch):
+            ref_logprobs[rows, :length] = response_logprobs(ref_policy, ids, mask, length, args.temperature)
         clock.append(time.time())
 
         # 4. The constraint; λ is updated before the policy, from the mean excess over all ranks
@@ -408,42 +418,42 @@ def main(args: Args, device: torch.device, mesh) -> int:
             multiplier = update_multiplier(multiplier, args.lambda_lr, mean_excess, args.lambda_max)
 
         # 5. PPO: update_epochs steps of the policy and of both critics, each over the whole batch. Epoch 0 fills these:
-        old_logprobs, old_reward_values, old_cost_values = (torch.full_like(ref_logprobs, math.nan) for _ in range(3))
-        advantages, reward_returns, cost_returns = (torch.full_like(ref_logprobs, math.nan) for _ in range(3))
+        old_logprobs, old_reward_values, old_cost_values = (unset.clone() for _ in range(3))
+        advantages, reward_returns, cost_returns = (unset.clone() for _ in range(3))
         names = ("policy_loss", "reward_value_loss", "cost_value_loss", *(["ptx_loss"] if supervised else []))
         losses = dict.fromkeys(names, math.nan if skip else 0.0)  # sums over the epochs
         grad_norms, clipped = dict.fromkeys(trained, math.nan), 0.0
         for model in trained.values():  # there is no dropout: train mode only switches gradient checkpointing on
             model.train()
         for epoch in range(0 if skip else args.update_epochs):
-            for rows in torch.arange(local_batch, device=device).split(size):
-                ids, mask, used = sequences[rows], attention_mask[rows], response_mask[rows]
-                logprobs = response_logprobs(policy, ids, mask, **settings)
-                reward_values = response_values(reward_critic, ids, mask, settings["length"])
-                cost_values = response_values(cost_critic, ids, mask, settings["length"])
+            for rows, ids, mask, length in micro_batches(*batch):
+                at, used = (rows, slice(length)), response_mask[rows, :length]
+                logprobs = response_logprobs(policy, ids, mask, length, args.temperature)
+                reward_values = response_values(reward_critic, ids, mask, length)
+                cost_values = response_values(cost_critic, ids, mask, length)
 
                 # 6. Token rewards and costs; advantages. In epoch 0 the models have not moved yet, so this forward pass
                 # also gives the old values
                 if epoch == 0:
-                    old_logprobs[rows] = logprobs.detach()
-                    old_reward_values[rows], old_cost_values[rows] = reward_values.detach(), cost_values.detach()
-                    log_ratio = old_logprobs[rows] - ref_logprobs[rows]  # its mean under π_old is the KL divergence
+                    old_logprobs[at] = logprobs.detach()
+                    old_reward_values[at], old_cost_values[at] = reward_values.detach(), cost_values.detach()
+                    log_ratio = old_logprobs[at] - ref_logprobs[at]  # its mean under π_old is the KL divergence
                     token_rewards = token_signal(rewards[rows], log_ratio, used, -args.kl_coef)
                     token_costs = token_signal(terminal_costs[rows], log_ratio, used, args.kl_coef)
-                    reward_advantages, reward_returns[rows] = gae(
-                        token_rewards, old_reward_values[rows], used, args.gae_lambda
+                    reward_advantages, reward_returns[at] = gae(
+                        token_rewards, old_reward_values[at], used, args.gae_lambda
                     )
-                    cost_advantages, cost_returns[rows] = gae(token_costs, old_cost_values[rows], used, args.gae_lambda)
+                    cost_advantages, cost_returns[at] = gae(token_costs, old_cost_values[at], used, args.gae_lambda)
                     multipliers = multiplier * lambda_mask[rows, None]  # [rows, 1]
-                    advantages[rows] = combine_advantages(reward_advantages, cost_advantages, multipliers)
+                    advantages[at] = combine_advantages(reward_advantages, cost_advantages, multipliers)
 
-                loss = policy_loss(logprobs, old_logprobs[rows], advantages[rows], args.clip_coef)
+                loss = policy_loss(logprobs, old_logprobs[at], advantages[at], args.clip_coef)
                 losses["policy_loss"] += backward(loss, used, token_count)
-                ratio = (logprobs.detach() - old_logprobs[rows]).exp()
+                ratio = (logprobs.detach() - old_logprobs[at]).exp()
                 clipped += ((ratio - 1).abs() > args.clip_coef)[used > 0].sum().item()
-                loss = value_loss(reward_values, old_reward_values[rows], reward_returns[rows], args.value_clip_coef)
+                loss = value_loss(reward_values, old_reward_values[at], reward_returns[at], args.value_clip_coef)
                 losses["reward_value_loss"] += backward(loss, used, token_count)
-                loss = value_loss(cost_values, old_cost_values[rows], cost_returns[rows], args.value_clip_coef)
+                loss = value_loss(cost_values, old_cost_values[at], cost_returns[at], args.value_clip_coef)
                 losses["cost_value_loss"] += backward(loss, used, token_count)
             if supervised:
                 ptx_indices = batch_indices(args.seed, "supervised", iteration, args.batch_size, len(supervised))
@@ -473,7 +483,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
 
         # 8. Log
         kl, entropy = ((old_logprobs - ref_logprobs) * response_mask).sum(), -(old_logprobs * response_mask).sum()
-        repetition = repeated_ngrams(sequences[:, -settings["length"] :], response_mask).sum()
+        repetition = repeated_ngrams(sequences[:, -response_mask.shape[1] :], response_mask).sum()
         violation, safe = F.relu(costs - args.cost_threshold).sum(), (costs <= args.cost_threshold).sum()
         local = {"reward": rewards.sum(), "cost": costs.sum(), "safety_compliance": safe, "violation": violation}
         local |= {"kl": kl, "entropy": entropy, "repetition": repetition, "finished": responses.finished.sum()}

@@ -240,6 +240,7 @@ def text_scores(model, ids: Tensor, mask: Tensor) -> Tensor:
     return model(ids, mask).gather(1, last[:, None]).squeeze(1)
 
 
+@torch.no_grad()
 def score_responses(model, prompts: list, responses: Responses, micro_batch_size: int) -> Tensor:
     """Scores of the responses, [batch]. A score model with another tokenizer reads prompts and responses as text."""
     ids, mask = responses.scored, responses.attention_mask
@@ -250,14 +251,20 @@ def score_responses(model, prompts: list, responses: Responses, micro_batch_size
         if cut := sum(len(row) > longest for row in encoded):
             say(f"{cut} of {len(encoded)} responses lost their end: a score model reads {longest} tokens")
         ids, mask = pad(model.tokenizer, [row[:longest] for row in encoded], "right", mask.device)
-    return in_micro_batches(text_scores, model, ids, mask, micro_batch_size)
+    scores = torch.zeros(len(ids), device=ids.device)
+    for rows, row_ids, row_mask, _ in micro_batches(ids, mask, micro_batch_size):
+        scores[rows] = text_scores(model, row_ids, row_mask)
+    return scores
 
 
-@torch.no_grad()
-def in_micro_batches(read, model, ids: Tensor, mask: Tensor, size: int, **settings) -> Tensor:
-    """read(model, ids, mask, **settings) on `size` rows at a time, without gradients; results by row."""
-    parts = zip(ids.split(size), mask.split(size), strict=True)
-    return torch.cat([read(model, *part, **settings) for part in parts])
+def micro_batches(ids: Tensor, mask: Tensor, size: int, length: int = 0):
+    """Rows of a batch, `size` at a time: texts of similar length, without the columns that are padding in all of them.
+
+    Yields the rows' numbers, ids and mask, and how many of the last `length` columns are left."""
+    for rows in mask.sum(1).argsort(stable=True).split(size):
+        rows = rows.sort().values  # a batch that fits into one micro-batch keeps its order
+        used = mask[rows].any(0)
+        yield rows, ids[rows][:, used], mask[rows][:, used], int(used[len(used) - length :].sum())
 
 
 def backward(loss: Tensor, response_mask: Tensor, token_count: float) -> Tensor:
@@ -298,7 +305,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
     reward_model = load_scorer(args, args.reward_model, "--reward-model", prompts + eval_prompts, frozen)
     cost_model = load_scorer(args, args.cost_model, "--cost-model", prompts + eval_prompts, frozen)
     policy = load_model(AutoModelForCausalLM, args.model, "--model", **options)
-    ref_policy = load_model(AutoModelForCausalLM, args.model, "--model", **frozen)
+    ref_policy = load_model(AutoModelForCausalLM, args.model, "--model", **frozen).requires_grad_(False)
     if args.gradient_checkpointing:
         (getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable)()
     group = {"params": list(policy.parameters()), "initial_lr": args.learning_rate}
@@ -335,13 +342,16 @@ def main(args: Args, device: torch.device, mesh) -> int:
         responses = sample_responses(policy, tokenizer, prompt_ids, uniforms, args.temperature)
         sequences, attention_mask = responses.sequences, responses.attention_mask  # [batch, prompt + response]
         response_mask = responses.response_mask  # [batch, response]
-        settings = dict(length=response_mask.shape[1], temperature=args.temperature)
+        batch = sequences, attention_mask, size, response_mask.shape[1]
         clock.append(time.time())
 
         # 3. Scores, and the log-probabilities of the reference
         rewards = score_responses(reward_model, prompt_texts, responses, size)  # [batch]
         costs = score_responses(cost_model, prompt_texts, responses, size)  # [batch]
-        ref_logprobs = in_micro_batches(response_logprobs, ref_policy, sequences, attention_mask, size, **settings)
+        unset = torch.where(response_mask > 0, math.nan, 0.0)  # [batch, response], zero at padding
+        ref_logprobs = unset.clone()
+        for rows, ids, mask, length in micro_batches(*batch):
+            ref_logprobs[rows, :length] = response_logprobs(ref_policy, ids, mask, length, args.temperature)
         clock.append(time.time())
 
         # 4. The constraint; λ is updated before the policy, from the mean excess over all ranks
@@ -355,23 +365,23 @@ def main(args: Args, device: torch.device, mesh) -> int:
         response_advantages = combine_advantages(reward_advantages, cost_advantages, multiplier)  # [batch]
 
         # 5. PPO: update_epochs steps of the policy, each over the whole batch. Epoch 0 fills these:
-        old_logprobs, advantages = (torch.full_like(ref_logprobs, math.nan) for _ in range(2))
+        old_logprobs, advantages = (unset.clone() for _ in range(2))
         loss_sum, clipped, grad_norm = math.nan if skip else 0.0, 0.0, math.nan  # sums over the epochs; the last norm
         policy.train()  # there is no dropout: train mode only switches gradient checkpointing on
         for epoch in range(0 if skip else args.update_epochs):
-            for rows in torch.arange(local_batch, device=device).split(size):
-                ids, mask, used = sequences[rows], attention_mask[rows], response_mask[rows]
-                logprobs = response_logprobs(policy, ids, mask, **settings)
+            for rows, ids, mask, length in micro_batches(*batch):
+                at, used = (rows, slice(length)), response_mask[rows, :length]
+                logprobs = response_logprobs(policy, ids, mask, length, args.temperature)
 
                 # 6. Advantages. In epoch 0 the policy has not moved yet, so this forward pass also gives the old values
                 if epoch == 0:
-                    old_logprobs[rows] = logprobs.detach()
-                    log_ratio = old_logprobs[rows] - ref_logprobs[rows]
-                    advantages[rows] = token_advantages(response_advantages[rows], log_ratio, used, args.kl_coef)
+                    old_logprobs[at] = logprobs.detach()
+                    log_ratio = old_logprobs[at] - ref_logprobs[at]
+                    advantages[at] = token_advantages(response_advantages[rows], log_ratio, used, args.kl_coef)
 
-                loss = policy_loss(logprobs, old_logprobs[rows], advantages[rows], args.clip_coef)
+                loss = policy_loss(logprobs, old_logprobs[at], advantages[at], args.clip_coef)
                 loss_sum += backward(loss, used, token_count)
-                ratio = (logprobs.detach() - old_logprobs[rows]).exp()
+                ratio = (logprobs.detach() - old_logprobs[at]).exp()
                 clipped += ((ratio - 1).abs() > args.clip_coef)[used > 0].sum().item()
             grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
             skip = not math.isfinite(grad_norm)
@@ -394,7 +404,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
 
         # 8. Log
         kl, entropy = ((old_logprobs - ref_logprobs) * response_mask).sum(), -(old_logprobs * response_mask).sum()
-        repetition = repeated_ngrams(sequences[:, -settings["length"] :], response_mask).sum()
+        repetition = repeated_ngrams(sequences[:, -response_mask.shape[1] :], response_mask).sum()
         violation, safe = F.relu(costs - args.cost_threshold).sum(), (costs <= args.cost_threshold).sum()
         local = {"reward": rewards.sum(), "cost": costs.sum(), "safety_compliance": safe, "violation": violation}
         local |= {"kl": kl, "entropy": entropy, "repetition": repetition, "finished": responses.finished.sum()}

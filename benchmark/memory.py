@@ -240,6 +240,11 @@ def pretended(processes: int):
         gc.collect()
 
 
+def full_length(ids: torch.Tensor, mask: torch.Tensor, size: int, length: int = 0) -> list[tuple]:
+    """repo.py's micro-batches if all texts are as long as the longest: the worst case, and no content is asked for."""
+    return [(rows, ids[rows], mask[rows], length) for rows in torch.arange(len(ids)).split(size)]
+
+
 def load_models(config, mesh, args: Args) -> dict[str, nn.Module]:
     """The six models, or four, loaded and sharded by repo.py."""
     labelled = copy.deepcopy(config)
@@ -351,7 +356,7 @@ def rollout(tracker: Tracker, policy, args: Args, skip: bool) -> dict[str, int]:
 def measure(config, gpus: int, args: Args, skip: bool = True) -> dict:
     """Bytes of one of `gpus` GPUs: at rest by model, and the peak of each phase."""
     trained = trained_by(args)
-    with pretended(gpus) as mesh:
+    with pretended(gpus) as mesh, mock.patch.object(repo, "micro_batches", full_length):
         models = load_models(config, mesh, args)
         optimizers = make_optimizers(models, args)
         tracker = Tracker(models, mesh, optimizers)
@@ -379,12 +384,13 @@ def measure(config, gpus: int, args: Args, skip: bool = True) -> dict:
                 repo.score_responses(models[name], [], responses, size)
         with tracker.phase("scoring"):
             reference = models["reference"]
-            repo.in_micro_batches(repo.response_logprobs, reference, sequences, attention_mask, size, **window)
+            for _, ids, mask, _ in repo.micro_batches(sequences, attention_mask, size):
+                repo.response_logprobs(reference, ids, mask, **window)
 
         for name in trained:
             models[name].train()
-        for rows in torch.arange(batch).split(size):
-            ids, mask, used = sequences[rows], attention_mask[rows], response_mask[rows]
+        for rows, ids, mask, _ in repo.micro_batches(sequences, attention_mask, size):
+            used = response_mask[rows]
             with tracker.phase(UPDATES["policy"]):
                 logprobs = repo.response_logprobs(policy, ids, mask, **window)
             values = {}

@@ -179,11 +179,12 @@ def measure_answers(args: Args, out: Path, rows: list[dict], device, mesh) -> No
             ids, mask = (torch.cat(pair, 1) for pair in zip(*parts, strict=True))  # [batch, prompt + response]
             response_mask = parts[1][1]
             temperature = 1.0 if settings.greedy else settings.temperature
-            how = dict(size=len(batch), length=response_mask.shape[1], temperature=temperature)
-            logprobs = repo.in_micro_batches(repo.response_logprobs, policy, ids, mask, **how).double()
-            ref_logprobs = logprobs
-            if name != base:
-                ref_logprobs = repo.in_micro_batches(repo.response_logprobs, ref_policy, ids, mask, **how).double()
+            how = dict(length=response_mask.shape[1], temperature=temperature)
+            with torch.no_grad():
+                logprobs = repo.response_logprobs(policy, ids, mask, **how).double()
+                ref_logprobs = logprobs
+                if name != base:
+                    ref_logprobs = repo.response_logprobs(ref_policy, ids, mask, **how).double()
             texts, finished = [row["response"] for row in batch], torch.tensor([row["finished"] for row in batch])
             responses = repo.Responses(ids, mask, response_mask, finished, texts, ids)
             costs = repo.score_responses(judge, [row["prompt"] for row in batch], responses, len(batch)).tolist()

@@ -91,17 +91,18 @@ def test_every_row_comes_once_per_epoch_with_its_copies_side_by_side(rows, batch
     assert indices(5, 1) == indices(5, 1) and any(indices(5, i) != indices(6, i) for i in (1, 2, 3))
 
 
+def test_micro_batches_hold_texts_of_similar_length_and_little_padding():
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0], [0, 1, 1, 0, 0]])
+    found = [[value.tolist() for value in part[:3]] + [part[3]] for part in repo.micro_batches(5 * mask, mask, 2, 3)]
+    assert found[0] == [[2, 3], [[0, 5], [5, 5]], [[0, 1], [1, 1]], 1] and found[1][::3] == [[0, 1], 3]
+    assert next(repo.micro_batches(mask, mask, 4))[0].tolist() == [0, 1, 2, 3]  # where all fit, in their own order
+
+
 class Table(nn.Module):
     """A language model whose next token never depends on anything."""
 
     device, generation_config = torch.device("cpu"), SimpleNamespace(eos_token_id=None)
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits, self.vocabulary = logits, len(logits)
-
-    def set_reshard_after_forward(self, *_, **__):
-        pass
+    set_reshard_after_forward = nn.Module.train  # takes a flag, and changes nothing here
 
     def forward(self, input_ids, **_):
         return CausalLMOutputWithPast(logits=self.logits.expand(len(input_ids), 1, -1), past_key_values=())
@@ -109,7 +110,8 @@ class Table(nn.Module):
 
 def draw(logits, uniforms, temperature=1.0):
     """The tokens that are sampled after a prompt of one token, [batch, tokens]."""
-    policy, tokenizer = Table(torch.as_tensor(logits)), tiny.make_tokenizer()
+    policy, tokenizer = Table(), tiny.make_tokenizer()
+    policy.logits, policy.vocabulary = torch.as_tensor(logits), len(logits)
     tokenizer.end_id = tokenizer.eos_token_id
     responses = repo.sample_responses(policy, tokenizer, [[9]] * len(uniforms), uniforms, temperature)
     return responses.sequences[:, 1:]
