@@ -13,6 +13,7 @@ own, and its figures are written as they come. A part that fails does not take t
 - speed: six Llamas of 1.1B parameters with random weights, prompts and responses of 256 tokens: seconds by phase,
   shares of the card's measured rates, peak memory and memory.py's prediction; preference_models.py and sacpo.py too;
 - profile: the update of one iteration of that run under torch's profiler;
+- decode: a token of the rollout by repo.py, without FSDP's hooks, with a static cache, by a captured CUDA graph;
 - peer: TRL's PPO on the same models and prompts, where trl is installed;
 - real: repo.py and ppo_lagrange.py on your checkpoints, with the flags in --real="...".
 
@@ -52,7 +53,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from watched import THREADS, watch, write_json
 
 GIB = 2**30
-LIMITS = {"toy": 70, "same": 70, "speed": 270, "profile": 60, "peer": 80, "real": 120}  # seconds, of 7 minutes in all
+LIMITS = {
+    "toy": 70,
+    "same": 70,
+    "speed": 270,
+    "profile": 60,
+    "decode": 75,
+    "peer": 80,
+    "real": 120,
+}  # seconds, of 7 minutes in all
 RECORDED = "33 to 88 s, reward 2.41 to 2.60, compliance 97.5 to 100% (docs/speed.md)"
 # Relative to a metric, or 1 if that is more, and to the norm of a model's gradient. Rounding in float32 gives less
 # than 1e-6: two orders of summation on a CPU differ by up to 4e-7. TF32 keeps 10 bits, which is about 1e-3.
@@ -63,10 +72,10 @@ ROUNDING = 1e-4
 class Args:
     """Measure the scripts on a GPU."""
 
-    parts: tuple[Literal["toy", "same", "speed", "profile", "peer", "real"], ...] = tuple(LIMITS)
+    parts: tuple[Literal["toy", "same", "speed", "profile", "decode", "peer", "real"], ...] = tuple(LIMITS)
     """what is done, in this order"""
     shape: Literal["1B", "tiny"] = "1B"
-    """models and texts of speed, profile and peer; tiny also shortens toy and same"""
+    """models and texts of speed, profile, decode and peer; tiny also shortens toy and same"""
     device: Literal["cuda", "cpu"] = "cuda"
     """where the scripts compute"""
     output_dir: str = "runs/gpu"
@@ -370,6 +379,15 @@ def profile(part: Part) -> None:
     if plain:
         idle = 100 * max(0.0, 1 - found["busy"] / statistics.median(plain))
         part.note("update", {"without it, s": statistics.median(plain), "Python and idle, % of that": idle})
+
+
+def decode(part: Part) -> None:
+    """Ways to sample a token (decoding.py)."""
+    shape, figures = workload(part)[0], part.folder / "figures.json"
+    flags = {"model": part.models / "policy", "json": figures, "prompt_length": shape.prompt}
+    flags |= {"new_tokens": 8 if part.args.shape == "tiny" else 64}
+    part.wait(part.script("decoding", "benchmark/decoding.py", part.args.device, flags))
+    part.note("a token", read_json(figures))
 
 
 def peer(part: Part) -> None:

@@ -5,6 +5,7 @@
     python benchmark/throughput.py --part group                 # repo.py and repo_group.py, K = 4
     python benchmark/throughput.py --part lengths --against X   # texts of many lengths, this version and another
     python benchmark/throughput.py --part scaling               # lengths and batches; phases, floors
+    python benchmark/throughput.py --part profile               # kinds of work in an update: workload and toy run
     python benchmark/throughput.py --part toy                   # the whole default run on the toy world
 
 Workload: random Llama models of 4 layers, hidden size 256, intermediate size 512, 4 heads, vocabulary 1024; prompts of
@@ -84,7 +85,7 @@ SHAPES = {
 class Args:
     """Measure throughput on one machine."""
 
-    part: Literal["peers", "processes", "group", "lengths", "scaling", "toy"] = "peers"
+    part: Literal["peers", "processes", "group", "lengths", "scaling", "profile", "toy"] = "peers"
     """what is measured"""
     shape: Literal["small", "1B"] = "small"
     """models and texts; 1B: for a large GPU, by --part scaling, or --part peers --trainer ppo"""
@@ -407,6 +408,25 @@ def draw(record: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def profile(folder: Path, args: Args, record: dict) -> None:
+    """Kinds of work in the update of iteration 8, by torch's profiler; Python is what the operations leave."""
+    workload = {name: folder / name.partition("_")[0] for name in ("model", "reward_model", "cost_model")}
+    workload |= {"model": folder / "policy", "dataset": folder / "prompts.parquet", "eval_split": "train[:2]"}
+    workload |= {"eval_dataset": folder / "prompts.parquet", "learning_rate": 1e-5, "max_new_tokens": 32}
+    for name, flags in {"workload": workload, "toy run": {}}.items():
+        out, settings = folder / name.replace(" ", "-"), ["--total-episodes", 8 * 64, "--eval-every", 0]
+        for flag, value in flags.items():
+            settings += [f"--{flag.replace('_', '-')}", value]
+        command = [sys.executable, ROOT / "benchmark" / "watched.py", f"{out}-watched", "repo.py", "8", *settings]
+        execute([*command, "--output-dir", out], args.threads)
+        found = json.loads(Path(f"{out}-watched.profile").read_text())
+        found["kinds"]["Python and waiting"] = max(0.0, found["wall"] - found["busy"])
+        record[name] = found
+        print(f"{name}: {1000 * found['wall']:.0f} ms with the profiler")
+        for kind, seconds in sorted(found["kinds"].items(), key=lambda item: -item[1]):
+            print(f"| {kind} | {1000 * seconds:.1f} ms | {seconds / sum(found['kinds'].values()):.0%} |", flush=True)
+
+
 def toy(folder: Path, args: Args, record: dict) -> None:
     """The default run, from the start of the process to its end, and what it reaches."""
     runs = []
@@ -429,7 +449,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_workload(Path(folder), SHAPES[args.shape])
         parts = {"peers": peers, "processes": processes, "group": group}
-        part = (parts | {"lengths": lengths, "scaling": scaling, "toy": toy})[args.part]
+        part = (parts | {"lengths": lengths, "scaling": scaling, "profile": profile, "toy": toy})[args.part]
         part(Path(folder), args, record)
     if args.json:
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")

@@ -1,6 +1,10 @@
 """Run a script as its command line would, and see from outside its memory and where the time of an update goes.
 
-`gpu.py` beside it starts `watch` in a process of its own. The script is not changed: a thread reads the peak of memory,
+`gpu.py` beside it starts `watch` in a process of its own, `throughput.py` starts this file:
+
+    python benchmark/watched.py FOLDER repo.py ITERATION --flags ...     # FOLDER.profile: the update of ITERATION
+
+The script is not changed: a thread reads the peak of memory,
 and a hook in torch's `Module.train` finds the update of an iteration.
 """
 
@@ -23,6 +27,7 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", min(4, os.cpu_count() or 1)))
 FSDP = ("FSDP::", "fsdp::", "nccl", "c10d::", "record_param_comms", "aten::_foreach_copy")
 FSDP += ("aten::split_with_sizes_copy", "aten::_chunk_cat")
 OPTIMIZERS = ("Optimizer.", "aten::_fused_adamw", "aten::_foreach", "aten::linalg_vector_norm")
+CALLERS = ("FSDP::", "Optimizer.")
 SPANS = ("FSDP::", "Optimizer.", "nccl:", "ProfilerStep")  # on a GPU's time line, these lie over the kernels
 PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::matmul", "aten::linear")
 
@@ -92,22 +97,35 @@ def profile_update(number: int, path: Path) -> None:
 def summarise(profiler, vocabulary: int) -> dict:
     """Seconds of an update by kind of work: of kernels on a GPU, of operations on a CPU; busy: without their overlaps.
 
-    An operation's time is without that of the operations that it calls.
+    An operation's time is without that of the operations that it calls. What FSDP and the optimizers call is theirs.
     """
     cuda, kinds = torch.cuda.is_initialized(), {}
-    for row in profiler.key_averages(group_by_input_shape=True):
-        if row.device_type != DeviceType.CPU or (cuda and row.key.startswith(SPANS)):
+    for event in profiler.events():
+        if event.device_type != DeviceType.CPU or (cuda and event.name.startswith(SPANS)):
             continue  # a kernel, which counts with the operation that launched it, or a span of other operations
-        of_head = any(vocabulary in shape for shape in row.input_shapes or () if isinstance(shape, list | tuple))
-        fits = {"FSDP": row.key.startswith(FSDP), "optimizers and clipping": row.key.startswith(OPTIMIZERS)}
-        fits["head and cross-entropy"] = of_head or "softmax" in row.key or "nll_loss" in row.key
-        fits["matrix products of the blocks"] = row.key.startswith(PRODUCTS)
-        fits |= {"attention": "attention" in row.key, "element-wise and the rest": True}
+        name, caller = event.name, event.cpu_parent
+        while caller:
+            name, caller = caller.name if caller.name.startswith(CALLERS) else name, caller.cpu_parent
+        of_head = any(vocabulary in shape for shape in event.input_shapes or () if isinstance(shape, list | tuple))
+        fits = {"FSDP": name.startswith(FSDP), "optimizers and clipping": name.startswith(OPTIMIZERS)}
+        fits["head and cross-entropy"] = of_head or "softmax" in name or "nll_loss" in name
+        fits["matrix products of the blocks"] = name.startswith(PRODUCTS)
+        fits |= {"attention": "attention" in name, "element-wise and the rest": True}
         kind = next(kind for kind, fit in fits.items() if fit)
-        kinds[kind] = kinds.get(kind, 0) + (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e6
+        kinds[kind] = kinds.get(kind, 0) + (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
     busy, end = 0.0 if cuda else sum(kinds.values()), 0.0
     for event in sorted(profiler.events() if cuda else [], key=lambda event: event.time_range.start):
         if event.device_type != DeviceType.CPU and not event.name.startswith(SPANS):
             busy += max(0.0, event.time_range.end - max(end, event.time_range.start)) / 1e6
             end = max(end, event.time_range.end)
     return {"kinds": kinds, "busy": busy}
+
+
+if __name__ == "__main__":
+    watch(
+        Path(sys.argv[1]),
+        sys.argv[2],
+        sys.argv[4:],
+        "cuda" if torch.cuda.is_available() else "cpu",
+        profiled=int(sys.argv[3]),
+    )

@@ -50,7 +50,7 @@ def test_an_update_that_differs_is_told_from_an_equal_one(kit, tmp_path):
 
 
 def test_all_parts_give_sensible_figures(kit):
-    toy, speed, profile, peer, real = (kit[1][name]["figures"] for name in ("toy", *list(gpu.LIMITS)[2:]))
+    toy, speed, profile, decode, peer, real = (kit[1][name]["figures"] for name in ("toy", *list(gpu.LIMITS)[2:]))
     assert "cpu, after: safety_compliance" in toy and "ppo_lagrange.py, after: reward" in real
     assert peer == {"TRL: status": "not carried"} or find_spec("trl")
     for name in ("repo.py, batch 16", "repo.py, batch 64", "preference_models.py", "sacpo.py"):
@@ -59,6 +59,7 @@ def test_all_parts_give_sensible_figures(kit):
     assert speed["repo.py, batch 16: tokens of a response"] > 7  # of 8: nearly no response ends early
     shares = [value for figure, value in profile.items() if figure.endswith("% of the device's time")]
     assert sum(shares) == pytest.approx(100) and len(shares) >= 5
+    assert min(value for figure, value in decode.items() if figure.endswith("equal tokens, %")) > 90
 
 
 def test_a_part_that_fails_or_takes_too_long_ends_alone(tmp_path):
