@@ -258,9 +258,9 @@ def score_responses(model, prompts: list, responses: Responses, micro_batch_size
 
 
 def micro_batches(ids: Tensor, mask: Tensor, size: int, length: int = 0):
-    """Rows of a batch, `size` at a time: texts of similar length, without the columns that are padding in all of them.
+    """Split a batch into `size` texts of similar length at a time, without columns that are padding in all of them.
 
-    Yields the rows' numbers, ids and mask, and how many of the last `length` columns are left."""
+    Yields row indices, their ids and mask, and how many of the last `length` columns (the response's) are left."""
     for rows in mask.sum(1).argsort(stable=True).split(size):
         rows = rows.sort().values  # a batch that fits into one micro-batch keeps its order
         used = mask[rows].any(0)
@@ -342,15 +342,15 @@ def main(args: Args, device: torch.device, mesh) -> int:
         responses = sample_responses(policy, tokenizer, prompt_ids, uniforms, args.temperature)
         sequences, attention_mask = responses.sequences, responses.attention_mask  # [batch, prompt + response]
         response_mask = responses.response_mask  # [batch, response]
-        batch = sequences, attention_mask, size, response_mask.shape[1]
+        longest_response = response_mask.shape[1]
         clock.append(time.time())
 
         # 3. Scores, and the log-probabilities of the reference
         rewards = score_responses(reward_model, prompt_texts, responses, size)  # [batch]
         costs = score_responses(cost_model, prompt_texts, responses, size)  # [batch]
-        unset = torch.where(response_mask > 0, math.nan, 0.0)  # [batch, response], zero at padding
+        unset = torch.where(response_mask > 0, math.nan, 0.0)  # NaN until computed, [batch, response]
         ref_logprobs = unset.clone()
-        for rows, ids, mask, length in micro_batches(*batch):
+        for rows, ids, mask, length in micro_batches(sequences, attention_mask, size, longest_response):
             ref_logprobs[rows, :length] = response_logprobs(ref_policy, ids, mask, length, args.temperature)
         clock.append(time.time())
 
@@ -369,8 +369,8 @@ def main(args: Args, device: torch.device, mesh) -> int:
         loss_sum, clipped, grad_norm = math.nan if skip else 0.0, 0.0, math.nan  # sums over the epochs; the last norm
         policy.train()  # there is no dropout: train mode only switches gradient checkpointing on
         for epoch in range(0 if skip else args.update_epochs):
-            for rows, ids, mask, length in micro_batches(*batch):
-                at, used = (rows, slice(length)), response_mask[rows, :length]
+            for rows, ids, mask, length in micro_batches(sequences, attention_mask, size, longest_response):
+                at, used = (rows, slice(length)), response_mask[rows, :length]  # at: these rows' response tokens
                 logprobs = response_logprobs(policy, ids, mask, length, args.temperature)
 
                 # 6. Advantages. In epoch 0 the policy has not moved yet, so this forward pass also gives the old values
@@ -404,7 +404,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
 
         # 8. Log
         kl, entropy = ((old_logprobs - ref_logprobs) * response_mask).sum(), -(old_logprobs * response_mask).sum()
-        repetition = repeated_ngrams(sequences[:, -response_mask.shape[1] :], response_mask).sum()
+        repetition = repeated_ngrams(sequences[:, -longest_response:], response_mask).sum()
         violation, safe = F.relu(costs - args.cost_threshold).sum(), (costs <= args.cost_threshold).sum()
         local = {"reward": rewards.sum(), "cost": costs.sum(), "safety_compliance": safe, "violation": violation}
         local |= {"kl": kl, "entropy": entropy, "repetition": repetition, "finished": responses.finished.sum()}

@@ -8,13 +8,13 @@
 - static cache: the same with the library's `StaticCache`, all of whose memory is there from the start;
 - CUDA graph: the step with that cache, captured once per rollout and replayed for every token.
 
-All draw by the same uniform numbers. *Equal tokens* is the share of tokens that are repo.py's. In bfloat16 it is below
-100% where two caches round differently: after the first other token, a response is another one. In float32 it should be
-100%. The first pass over the prompts is left out of the times. *Floor* is the time in which the machine reads the
-weights and half of the cache once, at its measured rate.
+All draw by the same uniform numbers. *Equal tokens* is the share of tokens that equal repo.py's. In bfloat16 it is
+below 100% where two caches round differently: after the first other token, a response is another one. In float32 it
+should be 100%. The first pass over the prompts is left out of the times. *Floor* is the time to read the weights and
+the cache of an average token once, at the machine's measured rate.
 """
 
-import json
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import throughput  # noqa: E402
+from watched import write_json  # noqa: E402
 
 import repo  # noqa: E402
 
@@ -43,9 +44,9 @@ class Args:
     prompt_length: int = 256
     """tokens of a prompt"""
     new_tokens: int = 64
-    """tokens that are sampled; the first comes from the pass over the prompts"""
+    """tokens that are sampled, at least 4; the first comes from the pass over the prompts"""
     repeats: int = 3
-    """rollouts per way; the fastest counts"""
+    """rollouts per way after one to warm up; the median counts"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute type"""
     seed: int = 1
@@ -60,6 +61,7 @@ def without_hooks(policy) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_config(policy.config).eval()
     model.load_state_dict(dict(policy.named_parameters()), strict=False, assign=True)
     model.tie_weights()
+    model.vocabulary = policy.vocabulary
     for name, buffer in policy.named_buffers():
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, buffer)
@@ -97,7 +99,7 @@ class Step:
         inputs = dict(attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, logits_to_keep=1)
         output = self.model(input_ids=ids, use_cache=True, **inputs)
         self.cache = output.past_key_values
-        cumulative = output.logits[:, -1].double().softmax(-1).cumsum(-1)
+        cumulative = output.logits[:, -1, : self.model.vocabulary].double().softmax(-1).cumsum(-1)
         drawn = torch.searchsorted(cumulative, self.points * cumulative[:, -1:], right=True)
         self.tokens.copy_(drawn.clamp(max=cumulative.shape[1] - 1))
 
@@ -119,7 +121,8 @@ def rollout(model, way: str, prompts: torch.Tensor, uniforms: torch.Tensor) -> t
                 sampled.append(step.tokens.clone())
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # records what a step does, and does none of it
+        # Records what a step does, and does none of it. Other threads, such as NCCL's, may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     if prompts.is_cuda:
         torch.cuda.synchronize()
@@ -150,17 +153,18 @@ def through_hooks(policy, tokenizer, prompts: torch.Tensor, uniforms: torch.Tens
 def report(figures: dict, batch: int, way: str, expected, floor: float, repeats: int, function, *inputs):
     """Time a way to decode, print its row and note its figures. Returns its tokens, None where it fails."""
     try:
-        results = [function(*inputs) for _ in range(repeats)]
+        results = [function(*inputs) for _ in range(repeats + 1)][1:]
     except Exception as error:  # the library's cache, or the capture, may not take this model
         figures[f"batch {batch}, {way}"] = reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(f"| {batch} | {way} | {reason} | | |", flush=True)
+        print(f"| {batch} | {way} | {reason} | - | - |", flush=True)
         return None
-    tokens, seconds = results[-1][0], min(seconds for _, seconds in results)
+    tokens, seconds = results[-1][0], statistics.median(seconds for _, seconds in results)
     found = {"ms per token": 1000 * seconds, "% of the floor's rate": 100 * floor / seconds}
     if expected is not None:
         found["equal tokens, %"] = 100 * (tokens == expected).double().mean().item()
     figures.update({f"batch {batch}, {way}: {name}": value for name, value in found.items()})
-    print(f"| {batch} | {way} | {' | '.join(f'{value:.3g}' for value in found.values())} |", flush=True)
+    cells = [f"{value:.3g}" for value in found.values()] + ["-"] * (expected is None)
+    print(f"| {batch} | {way} | {' | '.join(cells)} |", flush=True)
     return tokens
 
 
@@ -176,6 +180,8 @@ def main(args: Args, device: torch.device, mesh) -> None:
     config, reading = policy.config, throughput.machine_rates(dtype)[1]
     width = dtype.itemsize
     weights = width * sum(parameter.numel() for parameter in policy.parameters())
+    if not config.tie_word_embeddings:  # of the input's embeddings, only the rows of the tokens are read
+        weights -= width * policy.get_input_embeddings().weight.numel()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     figures = {"dtype": str(dtype), "reading memory, GB/s": reading / 1e9}
@@ -195,12 +201,15 @@ def main(args: Args, device: torch.device, mesh) -> None:
             unit.unshard()
         plain = without_hooks(policy)
         for way in ways:
-            report(figures, batch, way, tokens, floor, args.repeats, rollout, plain, way, *drawn)
+            if report(figures, batch, way, tokens, floor, args.repeats, rollout, plain, way, *drawn) is None:
+                ways = [other for other in ways if other != way]  # a failed capture may leave its stream current
+            if args.json:
+                write_json(Path(args.json), figures)
         for unit in units:
             unit.reshard()
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
     main(tyro.cli(Args), *repo.start_processes())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -241,7 +241,7 @@ def pretended(processes: int):
 
 
 def full_length(ids: torch.Tensor, mask: torch.Tensor, size: int, length: int = 0) -> list[tuple]:
-    """repo.py's micro-batches if all texts are as long as the longest: the worst case, and no content is asked for."""
+    """repo.py's micro-batches if all texts have the same length: the worst case. Reads no content, which fakes lack."""
     return [(rows, ids[rows], mask[rows], length) for rows in torch.arange(len(ids)).split(size)]
 
 

@@ -409,8 +409,8 @@ def draw(record: dict, path: Path) -> None:
 
 
 def profile(folder: Path, args: Args, record: dict) -> None:
-    """Kinds of work in the update of iteration 8, by torch's profiler; Python is what the operations leave."""
-    workload = {name: folder / name.partition("_")[0] for name in ("model", "reward_model", "cost_model")}
+    """Kinds of work in the update of iteration 8, by torch's profiler. Python: what no operation accounts for."""
+    workload = {name: folder / name.partition("_")[0] for name in ("reward_model", "cost_model")}
     workload |= {"model": folder / "policy", "dataset": folder / "prompts.parquet", "eval_split": "train[:2]"}
     workload |= {"eval_dataset": folder / "prompts.parquet", "learning_rate": 1e-5, "max_new_tokens": 32}
     for name, flags in {"workload": workload, "toy run": {}}.items():

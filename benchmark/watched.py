@@ -4,8 +4,8 @@
 
     python benchmark/watched.py FOLDER repo.py ITERATION --flags ...     # FOLDER.profile: the update of ITERATION
 
-The script is not changed: a thread reads the peak of memory,
-and a hook in torch's `Module.train` finds the update of an iteration.
+The script is not changed: a thread reads the peak of memory, and a hook in torch's `Module.train` finds the update of
+an iteration.
 """
 
 import json
@@ -76,8 +76,9 @@ def profile_update(number: int, path: Path) -> None:
         nonlocal updates
         if "CausalLM" in type(module).__name__ and hasattr(module, "set_reshard_after_forward"):  # the policy, whole
             cuda, kinds = torch.cuda.is_initialized(), torch.profiler.ProfilerActivity
-            updates += mode
-            if mode and updates == number:
+            updating = mode and torch.is_grad_enabled()  # load_model's check of both modes needs no gradients
+            updates += updating
+            if updating and updates == number:
                 activities = [kinds.CPU, *([kinds.CUDA] if cuda else [])]
                 profiler = torch.profiler.profile(activities=activities, record_shapes=True)
                 profiler.start()
