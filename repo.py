@@ -283,7 +283,6 @@ def text_scores(model, ids: Tensor, mask: Tensor) -> Tensor:
     return model(ids, mask).gather(1, last[:, None]).squeeze(1)
 
 
-@torch.no_grad()
 def score_responses(model, prompts: list, responses: Responses, micro_batch_size: int) -> Tensor:
     """Scores of the responses, [batch]. A score model with another tokenizer reads prompts and responses as text."""
     ids, mask = responses.scored, responses.attention_mask
@@ -294,19 +293,16 @@ def score_responses(model, prompts: list, responses: Responses, micro_batch_size
         if cut := sum(len(row) > longest for row in encoded):
             say(f"{cut} of {len(encoded)} responses lost their end: a score model reads {longest} tokens")
         ids, mask = pad(model.tokenizer, [row[:longest] for row in encoded], "right", mask.device)
-    scores = torch.zeros(len(ids), device=ids.device)
-    for rows, row_ids, row_mask, _ in micro_batches(ids, mask, micro_batch_size):
-        scores[rows] = text_scores(model, row_ids, row_mask)
-    return scores
+    parts = [(rows, text_scores(model, *texts)) for rows, *texts, _ in micro_batches(ids, mask, micro_batch_size)]
+    rows, scores = map(torch.cat, zip(*parts, strict=True))
+    return scores[rows.argsort()]
 
 
 def micro_batches(ids: Tensor, mask: Tensor, size: int, length: int = 0):
-    """Split a batch into `size` texts of similar length at a time, without columns that are padding in all of them.
-
-    Yields row indices, their ids and mask, and how many of the last `length` columns (the response's) are left."""
-    for rows in mask.sum(1).argsort(stable=True).split(size):
-        rows = rows.sort().values  # a batch that fits into one micro-batch keeps its order
-        used = mask[rows].any(0)
+    """Yield row indices, ids and mask of `size` texts of similar length at a time, without the columns that are padding
+    in all of them, and how many of the last `length` columns (the response's) are left."""
+    for part in mask.sum(1).argsort(stable=True).split(size):
+        rows, used = part.sort().values, mask[part].any(0)  # sorted: a batch that fits in one part keeps its order
         yield rows, ids[rows][:, used], mask[rows][:, used], int(used[len(used) - length :].sum())
 
 
@@ -397,7 +393,6 @@ def main(args: Args, device: torch.device, mesh) -> int:
         responses = sample_responses(policy, tokenizer, prompt_ids, uniforms, args.temperature)
         sequences, attention_mask = responses.sequences, responses.attention_mask  # [batch, prompt + response]
         response_mask = responses.response_mask  # [batch, response]
-        longest_response = response_mask.shape[1]
         clock.append(time.time())
 
         # 3. Scores, and the log-probabilities of the reference
@@ -405,7 +400,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
         costs = score_responses(cost_model, prompt_texts, responses, size)  # [batch]
         unset = torch.where(response_mask > 0, math.nan, 0.0)  # NaN until computed, [batch, response]
         ref_logprobs = unset.clone()
-        for rows, ids, mask, length in micro_batches(sequences, attention_mask, size, longest_response):
+        for rows, ids, mask, length in micro_batches(sequences, attention_mask, size, response_mask.shape[1]):
             ref_logprobs[rows, :length] = response_logprobs(ref_policy, ids, mask, length, args.temperature)
         clock.append(time.time())
 
@@ -426,7 +421,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
         for model in trained.values():  # there is no dropout: train mode only switches gradient checkpointing on
             model.train()
         for epoch in range(0 if skip else args.update_epochs):
-            for rows, ids, mask, length in micro_batches(sequences, attention_mask, size, longest_response):
+            for rows, ids, mask, length in micro_batches(sequences, attention_mask, size, response_mask.shape[1]):
                 at, used = (rows, slice(length)), response_mask[rows, :length]  # at: these rows' response tokens
                 logprobs = response_logprobs(policy, ids, mask, length, args.temperature)
                 reward_values = response_values(reward_critic, ids, mask, length)
@@ -483,7 +478,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
 
         # 8. Log
         kl, entropy = ((old_logprobs - ref_logprobs) * response_mask).sum(), -(old_logprobs * response_mask).sum()
-        repetition = repeated_ngrams(sequences[:, -longest_response:], response_mask).sum()
+        repetition = repeated_ngrams(sequences[:, -response_mask.shape[1] :], response_mask).sum()
         violation, safe = F.relu(costs - args.cost_threshold).sum(), (costs <= args.cost_threshold).sum()
         local = {"reward": rewards.sum(), "cost": costs.sum(), "safety_compliance": safe, "violation": violation}
         local |= {"kl": kl, "entropy": entropy, "repetition": repetition, "finished": responses.finished.sum()}

@@ -17,7 +17,7 @@ SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in S
 EVERY = pytest.mark.parametrize("script", SCRIPTS)
 
 # Lines of each script, comments and blank lines included; of the algorithm before the plumbing; of `main`; of a diff
-MOST_LINES = {"repo": 1000, "ppo_lagrange": 1000, "repo_group": 910, "sacpo": 750, "preference_models": 650}
+MOST_LINES = {"repo": 1000, "ppo_lagrange": 1000, "repo_group": 897, "sacpo": 750, "preference_models": 650}
 MOST_LINES_BEFORE_PLUMBING, MOST_LINES_OF_MAIN, MOST_LINES_OF_THE_DIFF = 600, 260, 55
 # Lines of folders, all files together and one file
 MOST_LINES_OF_FOLDERS = {"evaluation": (1_900, 600), "tests": (6_000, 700)}
