@@ -5,7 +5,6 @@ K responses to each prompt, scores them, updates λ and takes clipped policy-gra
 what responses to a prompt earn. Here the mean of the OTHER K - 1 responses tells it:
 
     L(θ, λ) = ( E[R] - λ E[{C - d}^+] ) / (1 + λ) - β KL(π_θ ‖ π_ref),   {z}^+ = max(z, 0)
-
     advantage of y_i at token t:  ( A_r - λ A_c ) / (1 + λ) - β Σ_{s ≥ t} log π_old(y_s)/π_ref(y_s)
     A_r = R_i - mean of R_j over j ≠ i,   A_c = {C_i - d}^+ - mean of {C_j - d}^+ over j ≠ i
 
@@ -111,8 +110,7 @@ class Args:
 # ---- The algorithm: pure functions. Batch tensors are [batch] or [batch, response], masks are 1 at response tokens
 def mean_of_others(values: Tensor, k: int) -> Tensor:
     """For each response the mean over the other K - 1 to its prompt, [batch]; the K of a prompt are adjacent."""
-    groups = values.view(-1, k)
-    return ((groups.sum(1, keepdim=True) - groups) / (k - 1)).flatten()
+    return ((values.view(-1, k).sum(1, keepdim=True) - values.view(-1, k)) / (k - 1)).flatten()
 
 
 def group_advantages(scores: Tensor, k: int, norm: bool) -> Tensor:
@@ -134,6 +132,11 @@ def rectify_groups(costs: Tensor, threshold: float, constraint: str, k: int, nor
 def token_advantages(advantages: Tensor, log_ratio: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
     """Advantages of responses [batch] minus β times the log-ratio of a token and all after it, [batch, response]."""
     return advantages[:, None] - (kl_coef * log_ratio * response_mask).flip(1).cumsum(1).flip(1)
+
+
+def combine_advantages(reward_advantages: Tensor, cost_advantages: Tensor, multiplier: Tensor | float) -> Tensor:
+    """Advantage of the Lagrangian, [batch, response]; multiplier: λ, or one per response, [batch, 1]."""
+    return (reward_advantages - multiplier * cost_advantages) / (1 + multiplier)
 
 
 def update_multiplier(multiplier: float, learning_rate: float, excess: float, maximum: float) -> float:
@@ -338,8 +341,7 @@ def main(args: Args, device: torch.device, mesh) -> int:
         # 3. Scores, and the log-probabilities of the reference
         rewards = score_responses(reward_model, prompt_texts, responses, size)  # [batch]
         costs = score_responses(cost_model, prompt_texts, responses, size)  # [batch]
-        unset = torch.where(response_mask > 0, math.nan, 0.0)  # NaN until computed, [batch, response]
-        ref_logprobs = unset.clone()
+        ref_logprobs, old_logprobs, advantages = (torch.where(response_mask > 0, math.nan, 0.0) for _ in range(3))
         for rows, ids, mask, length in micro_batches(sequences, attention_mask, size, response_mask.shape[1]):
             ref_logprobs[rows, :length] = response_logprobs(ref_policy, ids, mask, length, args.temperature)
         clock.append(time.time())
@@ -349,13 +351,11 @@ def main(args: Args, device: torch.device, mesh) -> int:
         not_finite = sum((~scores.isfinite()).sum() for scores in (rewards, costs, ref_logprobs))
         totals = global_sum(excess=excess.sum(), count=len(excess), tokens=response_mask.sum(), not_finite=not_finite)
         mean_excess, token_count, skip = totals["excess"] / totals["count"], totals["tokens"], totals["not_finite"] > 0
-        if not skip:
-            multiplier = update_multiplier(multiplier, args.lambda_lr, mean_excess, args.lambda_max)
+        multiplier = multiplier if skip else update_multiplier(multiplier, args.lambda_lr, mean_excess, args.lambda_max)
         reward_advantages = group_advantages(rewards, k, args.advantage_norm)
-        response_advantages = (reward_advantages - multiplier * cost_advantages) / (1 + multiplier)  # [batch]
+        response_advantages = combine_advantages(reward_advantages, cost_advantages, multiplier)  # [batch]
 
-        # 5. PPO: update_epochs steps of the policy, each over the whole batch. Epoch 0 fills these:
-        old_logprobs, advantages = (unset.clone() for _ in range(2))
+        # 5. PPO: update_epochs steps of the policy, each on all of the batch. Epoch 0 fills old_logprobs and advantages
         loss_sum, clipped, grad_norm = math.nan if skip else 0.0, 0.0, math.nan  # sums over the epochs; the last norm
         policy.train()  # there is no dropout: train mode only switches gradient checkpointing on
         for epoch in range(0 if skip else args.update_epochs):

@@ -200,7 +200,7 @@ def group_advantages(rewards, costs, multiplier, tuples, norm=False):
     k = tuples.shape[1]
     cost_advantages, _ = repo_group.rectify_groups(costs[:, tuples].flatten(), 0.0, "response", k, norm)
     reward_advantages = repo_group.group_advantages(rewards[:, tuples].flatten(), k, norm)
-    combined = repo.combine_advantages(reward_advantages, cost_advantages, multiplier)
+    combined = repo_group.combine_advantages(reward_advantages, cost_advantages, multiplier)
     return combined.view(len(rewards), *tuples.shape)
 
 

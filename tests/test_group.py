@@ -32,7 +32,7 @@ def group_advantages(problem, k, *, multiplier, beta, threshold, constraint="res
     log_ratio, mask = log_ratio[:, tuples].flatten(0, 2), problem.mask[tuples].flatten(0, 1)
     mask = mask.repeat(len(problem.costs), 1)
     cost_advantages, _ = repo_group.rectify_groups(costs, threshold, constraint, k, norm)
-    own = repo.combine_advantages(repo_group.group_advantages(rewards, k, norm), cost_advantages, multiplier)
+    own = repo_group.combine_advantages(repo_group.group_advantages(rewards, k, norm), cost_advantages, multiplier)
     return repo_group.token_advantages(own, log_ratio, mask, beta).view(len(problem.costs), *tuples.shape, -1)
 
 
